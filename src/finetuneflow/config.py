@@ -1,0 +1,350 @@
+"""The run file: every setting's name, type, unit, default and explanation, once.
+
+`RunConfig` is what `ftf train run.yaml` reads, what the Python face takes and what a run
+directory keeps (`run.yaml`, each value marked default, recipe, recommended or yours).
+A rule about one field stands on the field; a rule about several in `RunConfig.conflicts`.
+Defaults are the documented ones, under today's names. Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from finetuneflow.errors import ConfigError
+
+CONFIG_VERSION = 1
+MAX_FILE_BYTES = 1_000_000
+Origin = Literal["default", "recipe", "recommended", "yours"]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StringList = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are errors; values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    base: str = Field("starter", description="Base model: `starter` (bundled), a local folder, or a hub id such as `Qwen/Qwen3-0.6B`.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model; the commit found is recorded.")
+    trust_remote_code: str | None = Field(
+        None, description="Commit hash whose own Python code you have read and allow to run. Off unless it is that exact commit."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Storage type of frozen weights. `auto`: bfloat16 where the device computes in it, else float32."
+    )
+
+
+class Data(Section):
+    train: StringList = Field(default_factory=list, description="Training files, any common format, each also .gz or .zst.")
+    eval: StringList = Field(default_factory=list, description="Evaluation files. Empty: a share of the training data is held out.")
+    eval_fraction: float = Field(0.1, ge=0.0, le=0.5, description="Share held out when no evaluation file is given; 0 turns evaluation off.")
+    mapping: dict[str, str] = Field(default_factory=dict, description="Columns by name for a shape that is not recognised: prompt, answer, system, context, text, messages, …")
+    limit: int | None = Field(None, ge=1, description="Use at most this many training examples (after the split, in file order).")
+    reject_threshold: float = Field(0.1, ge=0.0, le=1.0, description="Share of unusable rows above which the run does not start.")
+    template: str = Field("auto", description="Chat template: `auto` (the tokenizer's own, else `plain`), a built-in name, or a .jinja file.")
+    template_consent: bool = Field(False, description="Allow a template that differs from the tokenizer's own.")
+    supervise: Literal["assistant", "last", "all"] = Field("assistant", description="What enters the loss: every assistant turn, the last one only, or everything.")
+    max_length: int = Field(2048, ge=8, le=1_048_576, description="Tokens per example at most.")
+    overlong: Literal["drop", "cut", "split"] = Field("cut", description="Examples longer than `max_length`: drop, cut (never without supervised tokens) or split.")
+
+
+class Method(Section):
+    kind: Literal["lora", "qlora", "dora", "ia3", "prefix", "full"] = Field("lora", description="How the model is tuned.")
+    r: int = Field(16, ge=1, le=1024, description="Rank of the adapter matrices.")
+    alpha: float = Field(32, gt=0, description="Adapter scaling numerator: the update is scaled by alpha / r.")
+    dropout: float = Field(0.05, ge=0.0, lt=1.0, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field(
+        "auto", description="Layers that get an adapter: `auto` (the architecture's usual ones), `all-linear`, a list of names, or a regular expression."
+    )
+    modules_to_save: list[str] = Field(default_factory=list, description="Layers trained in full and saved with the adapter, such as lm_head.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
+    num_virtual_tokens: int = Field(20, ge=1, le=4096, description="Length of the trained prefix (prefix tuning only).")
+    double_quantization: bool = Field(True, description="Quantise the 4-bit constants too (QLoRA only; saves 0.37 bit per parameter).")
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.kind != "full"
+
+
+class Training(Section):
+    objective: Literal["sft", "pretrain"] = Field("sft", description="`sft`: conversations; `pretrain`: continued pre-training on text.")
+    epochs: float = Field(3, gt=0, le=1000, description="Passes over the training data.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever `epochs` says.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
+    batch_size: int = Field(4, ge=1, le=4096, description="Examples per device and forward pass (micro-batch).")
+    eval_batch_size: int = Field(4, ge=1, le=4096, description="Examples per device in evaluation.")
+    gradient_accumulation: int = Field(4, ge=1, le=4096, description="Micro-batches per optimizer step.")
+    warmup_ratio: float = Field(0.03, ge=0.0, le=1.0, description="Share of all steps in which the learning rate rises from zero.")
+    weight_decay: float = Field(0.01, ge=0.0, le=1.0, description="Decoupled weight decay.")
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field("cosine", description="Learning-rate schedule after warm-up.")
+    max_grad_norm: float = Field(1.0, ge=0.0, description="Gradient clipping by global norm; 0 turns it off.")
+    optimizer: Literal["auto", "paged_adamw_8bit", "adamw_8bit", "adamw_torch_fused", "adamw_torch", "adafactor"] = Field(
+        "auto", description="`auto`: paged_adamw_8bit on CUDA, adamw_torch elsewhere (paged memory needs CUDA)."
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="Compute type. `auto`: bf16 where the hardware has it, else fp16 on CUDA, else fp32.")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="Recompute activations to save memory. `auto`: on with CUDA, off on CPU.")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="`cuda` refuses to fall back to the CPU.")
+    log_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
+    eval_steps: int = Field(100, ge=1, description="Optimizer steps between evaluations.")
+    save_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints.")
+    keep_checkpoints: int = Field(3, ge=1, description="Checkpoints kept; the best one is never deleted.")
+    load_best: bool = Field(True, description="End with the weights of the lowest evaluation loss.")
+    patience: int | None = Field(3, ge=1, description="Stop after this many evaluations without improvement; null: never.")
+    oom: Literal["stop", "retry"] = Field("stop", description="Out of memory: stop and explain, or retry with half the micro-batch at the same effective batch.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null: measured at start.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the split, the order, dropout and initial adapter weights.")
+    report_to: list[Literal["wandb", "trackio", "mlflow", "tensorboard"]] = Field(default_factory=list, description="Experiment trackers to feed as well.")
+
+    @property
+    def effective_batch(self) -> int:
+        """Examples per optimizer step and device."""
+        return self.batch_size * self.gradient_accumulation
+
+
+class Evaluation(Section):
+    samples: int = Field(5, ge=0, le=100, description="Held-out prompts answered after training, shown beside the expected answer.")
+    max_new_tokens: int = Field(128, ge=1, le=32768, description="Length limit of a generated answer, in tokens.")
+    suite: str | None = Field(None, description="Acceptance prompts (YAML) to run after training; `starter` is the bundled suite.")
+
+
+class RunConfig(Section):
+    version: Literal[1] = Field(1, description="Version of this file's format.")
+    name: str = Field("run", description="Name of the run; a date and number are appended.", max_length=60)
+    model: Model = Field(default_factory=Model)
+    data: Data = Field(default_factory=Data)
+    method: Method = Field(default_factory=Method)
+    training: Training = Field(default_factory=Training)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+    def conflicts(self) -> list[str]:
+        """Combinations that cannot work, each with the way out."""
+        found = []
+        if not self.data.train:
+            found.append("data.train is empty: name at least one file, e.g. `--set data.train=my.jsonl`.")
+        if self.training.precision == "fp16" and self.training.device == "cpu":
+            found.append("training.precision fp16 needs a GPU: use bf16, fp32 or auto on the CPU.")
+        if self.method.kind == "full" and self.method.modules_to_save:
+            found.append("method.modules_to_save has no effect with kind full (everything is trained): remove it.")
+        return found
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader that also refuses a key given twice, and aliases (a few lines can expand to gigabytes)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not supported", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None) or key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands here twice or is no plain name", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 reads `2e-4` as text (it wants `2.0e-4`); everybody writes learning rates that way.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Parse YAML safely: no tags that build objects, no aliases, no duplicate keys, bounded size."""
+    if len(text) > MAX_FILE_BYTES:
+        raise ConfigError("CONFIG_UNREADABLE", f"The file is larger than {MAX_FILE_BYTES:,} characters.", where=where)
+    try:
+        return yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark else where
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError("CONFIG_UNREADABLE", f"Not valid YAML: {problem}.", where=place, remedy="Mend that line.") from error
+    except RecursionError as error:
+        raise ConfigError("CONFIG_UNREADABLE", "The file is nested too deeply.", where=where) from error
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> tuple[RunConfig, dict[str, Origin]]:
+    """Read a run file and `key=value` overrides. Returns the configuration and where each set value came from."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("CONFIG_UNREADABLE", f"The run file cannot be read: {error}.", where=str(path)) from error
+    values = parse_yaml(text, where=str(path)) or {}
+    if not isinstance(values, dict):
+        raise ConfigError("CONFIG_UNREADABLE", "A run file is a mapping of settings.", where=str(path), remedy="See `ftf config`.")
+    return build_config(values, overrides, where=str(path))
+
+
+def build_config(
+    values: Mapping[str, Any], overrides: list[str] | None = None, *, where: str = "run file"
+) -> tuple[RunConfig, dict[str, Origin]]:
+    """Validate settings from a mapping plus `section.key=value` overrides; every error is reported at once."""
+    merged = _deep_copy(values)
+    for override in overrides or []:
+        _apply_override(merged, override)
+    try:
+        config = RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise _explain(error, where) from error
+    origins: dict[str, Origin] = {key: "yours" for key in _leaves(merged) if key != "version"}
+    return config, origins
+
+
+def require_runnable(config: RunConfig, *, where: str = "run file") -> None:
+    """Raise `CONFIG_CONFLICT` listing every combination that cannot work."""
+    if problems := config.conflicts():
+        raise ConfigError("CONFIG_CONFLICT", " ".join(problems), where=where, remedy="Change the settings named above.")
+
+
+def dump_config(config: RunConfig, origins: Mapping[str, Origin]) -> str:
+    """The complete run file as YAML, with a comment saying where each value came from. Reads back equal."""
+    lines = ["# Written by FineTuneFlow. Every setting of the run; the remark says where its value came from."]
+    for name, value in config.model_dump(mode="json").items():
+        if not isinstance(value, dict):
+            lines.append(_yaml_line(name, value, 0, origins.get(name, "default")))
+            continue
+        lines.append(f"{name}:")
+        for key, inner in value.items():
+            origin = origins.get(f"{name}.{key}") or _inner_origin(origins, f"{name}.{key}.")
+            lines.append(_yaml_line(key, inner, 2, origin))
+    return "\n".join(lines) + "\n"
+
+
+def settings() -> Iterator[tuple[str, type[Any], Any, str]]:
+    """Every setting as (dotted key, type, default, explanation): the source of help texts, forms and docs."""
+    defaults = RunConfig()
+    for name, field in RunConfig.model_fields.items():
+        value = getattr(defaults, name)
+        if isinstance(value, Section):
+            for key, inner in type(value).model_fields.items():
+                yield f"{name}.{key}", inner.annotation, getattr(value, key), inner.description or ""  # type: ignore[misc]
+        else:
+            yield name, field.annotation, value, field.description or ""  # type: ignore[misc]
+
+
+def _yaml_line(key: str, value: Any, indent: int, origin: str) -> str:
+    # default_flow_style keeps lists and mappings on one line; "..." ends a bare scalar document
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    return f"{' ' * indent}{key}: {text}  # {origin}"
+
+
+def _inner_origin(origins: Mapping[str, Origin], prefix: str) -> Origin:
+    return next((origin for key, origin in origins.items() if key.startswith(prefix)), "default")
+
+
+def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError("CONFIG_INVALID_VALUE", f"{override!r} is not of the form section.key=value.", where="--set")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError("CONFIG_INVALID_VALUE", f"{section!r} in {override!r} is not a group of settings.", where="--set")
+        values = inner
+    values[last] = parse_yaml(text, where=f"--set {key}")
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    """All mistakes of a run file in one error; an unknown key names the nearest known one."""
+    known = [key for key, *_ in settings()]
+    lines, unknown = [], False
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            unknown = True
+            near = _nearest_key(key, known)
+            lines.append(f"{key}: unknown setting" + (f"; did you mean {near!r}?" if near else "."))
+        else:
+            lines.append(f"{key}: {item['msg']} (found {str(item['input'])[:60]!r}).")
+    code = "CONFIG_UNKNOWN_KEY" if unknown else "CONFIG_INVALID_VALUE"
+    return ConfigError(
+        code,
+        ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines),
+        where=where,
+        remedy="`ftf config` lists every setting with its default and meaning.",
+        context={"settings": [".".join(str(p) for p in item["loc"]) for item in error.errors()]},
+    )
+
+
+def _nearest_key(key: str, known: list[str]) -> str | None:
+    """The known setting most like `key`: by its whole dotted name, else by its last part in any section."""
+    sections = {k.split(".")[0] for k in known if "." in k}
+    if "." not in key and (near := difflib.get_close_matches(key, sections, n=1, cutoff=0.75)):
+        return near[0]
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+        return near[0]
+    last = key.rsplit(".", 1)[-1]
+    by_last = {k.rsplit(".", 1)[-1]: k for k in known}
+    for old, new in FORMER_NAMES.items():
+        if last == old:
+            return new
+    near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
+    return by_last[near[0]] if near else None
+
+
+# What other tools and the reference documents call our settings: a typo helper, not an alias.
+FORMER_NAMES = {
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "lr": "training.learning_rate",
+    "per_device_train_batch_size": "training.batch_size",
+    "micro_batch_size": "training.batch_size",
+    "per_device_eval_batch_size": "training.eval_batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "max_seq_length": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "lr_scheduler_type": "training.scheduler",
+    "optim": "training.optimizer",
+    "logging_steps": "training.log_steps",
+    "save_total_limit": "training.keep_checkpoints",
+    "load_best_model_at_end": "training.load_best",
+    "early_stopping_patience": "training.patience",
+    "lora_r": "method.r",
+    "lora_rank": "method.r",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "base_model": "model.base",
+    "base_model_id": "model.base",
+    "model_name_or_path": "model.base",
+    "dataset": "data.train",
+    "use_rslora": "method.rslora",
+}

@@ -1,0 +1,1 @@
+"""Data: read, shape, judge, tokenize and batch. No training, no service; torch only in `batches`."""

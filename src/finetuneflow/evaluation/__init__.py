@@ -1,0 +1,1 @@
+"""Measure a model: losses, scores on generations, acceptance suites, and paired comparison."""

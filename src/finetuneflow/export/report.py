@@ -1,0 +1,99 @@
+"""`report.md`: the run for people, in the structure of the reference, each line told truly or as not measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetuneflow.export.record import OBJECTIVE_NAMES, RunRecord, Sample, read_run
+from finetuneflow.export.redact import Redactor
+from finetuneflow.export.text import cell, duration, figure, inline, rate
+from finetuneflow.workspace import write_atomic
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.md` into the run directory and return its path. Needs no torch."""
+    path = run_dir / "report.md"
+    write_atomic(path, report_text(read_run(run_dir), Redactor()))
+    return path
+
+
+def report_text(record: RunRecord, redactor: Redactor) -> str:
+    """The whole report as Markdown."""
+    sections = [
+        ["# FineTuneFlow Training Report"],
+        _project(record),
+        _dataset(record),
+        _configuration(record),
+        _results(record),
+        ["## Sample Outputs", *_sample_table(record.samples)],
+    ]
+    return redactor.text("\n\n".join("\n".join(lines) for lines in sections) + "\n")
+
+
+def _project(record: RunRecord) -> list[str]:
+    return [
+        "## Project",
+        f"- Name: {inline(record.name)}",
+        f"- Task: {OBJECTIVE_NAMES[record.config.training.objective]}",
+        f"- Base Model: {inline(record.config.model.base)}",
+    ]
+
+
+def _dataset(record: RunRecord) -> list[str]:
+    return [
+        "## Dataset",
+        f"- Train examples: {figure(record.data.get('train_examples'))}",
+        f"- Eval examples: {figure(record.data.get('eval_examples'))}",
+        f"- Avg tokens per example: {figure(record.data.get('avg_tokens'), 1)}",
+    ]
+
+
+def _configuration(record: RunRecord) -> list[str]:
+    training = record.config.training
+    return [
+        "## Training Configuration",
+        f"- Method: {record.method}",
+        f"- Epochs: {training.epochs:g}" + (f" (at most {training.max_steps:,} steps)" if training.max_steps else ""),
+        f"- Learning rate: {rate(used_learning_rate(record))}",
+        f"- LoRA rank: {adapter_size(record)}",
+        f"- Max sequence length: {record.config.data.max_length:,}",
+        f"- GPU: {inline(record.device)}",
+    ]
+
+
+def used_learning_rate(record: RunRecord) -> float:
+    """The peak rate that was used: full fine-tuning may have lowered the one in the run file."""
+    setup = record.environment.get("setup", record.environment)
+    used = setup.get("learning_rate") if isinstance(setup, dict) else None
+    return float(used) if isinstance(used, int | float) else record.config.training.learning_rate
+
+
+def adapter_size(record: RunRecord) -> str:
+    """What stands after "LoRA rank:": rank and alpha, or why there are none."""
+    method = record.config.method
+    if record.is_low_rank:
+        return f"{method.r}, alpha: {method.alpha:g}"
+    if method.kind == "prefix":
+        return f"none (prefix of {method.num_virtual_tokens} virtual tokens)"
+    return f"none ({record.method})"
+
+
+def _results(record: RunRecord) -> list[str]:
+    metrics = record.metrics
+    lines = [
+        "## Results",
+        f"- Final train loss: {figure(metrics.get('train_loss'))}",
+        f"- Final eval loss: {figure(metrics.get('eval_loss'))}",
+        f"- Perplexity: {figure(metrics.get('perplexity', metrics.get('eval_perplexity')), 3)}",
+        f"- Training time: {duration(metrics.get('train_runtime'))}",
+    ]
+    if record.best_step is not None and record.config.training.load_best:
+        lines.append(f"- Weights: those of step {record.best_step:,}, the lowest eval loss")
+    return lines
+
+
+def _sample_table(samples: tuple[Sample, ...]) -> list[str]:
+    if not samples:
+        return ["No samples were generated for this run."]
+    rows = [f"| {cell(s.instruction)} | {cell(s.expected)} | {cell(s.output)} |" for s in samples]
+    return ["| Instruction | Expected | Model Output |", "|------------|----------|-------------|", *rows]

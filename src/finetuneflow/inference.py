@@ -1,0 +1,582 @@
+"""Ask a model: load a base with its adapters, switch them, generate in batches, stream.
+
+    load_generator(run, adapter folder, model folder, hub id or "starter")  ->  Generator
+        .generate(prompts)   batched; an answer does not depend on its neighbours in the batch
+        .stream(messages)    text as it comes, never half a character
+        .view("name" / None) the same weights with one adapter, or with none
+
+Evaluation, comparison, chat and the samples shown during training all go through `Generator`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import queue
+import random
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from finetuneflow.data.examples import Message
+from finetuneflow.errors import EvaluationError, ModelError
+
+DEFAULT_BATCH = 32
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+# A model whose config states no limit (Mamba) has none that matters here.
+NO_LIMIT = 1 << 30
+
+
+class PromptTemplate(Protocol):
+    """What generation needs of a chat template (`data.templates.Template`)."""
+
+    @property
+    def turn_end(self) -> Sequence[int]:
+        """Token ids that end an assistant turn, in order."""
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Sequence[int]:
+        """Token ids of the conversation and the opening of the assistant's turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How answers are drawn. Temperature 0 is greedy; `top_p` keeps the likeliest tokens of that total probability.
+
+    Sampling is seeded per prompt, so an answer is the same alone, in any batch and after a resume.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise EvaluationError(
+                "DECODING_INVALID",
+                f"These decoding settings cannot be used: {self}.",
+                remedy="max_new_tokens at least 1, temperature 0 or more, top_p above 0 and at most 1.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One answer. `text` has no outer white space, `ids` no stop token; `stopped`: the model ended its turn by itself."""
+
+    text: str
+    ids: tuple[int, ...]
+    stopped: bool
+    prompt_tokens: int
+
+
+class Generator:
+    """A model, its tokenizer and its template, ready to answer.
+
+    `adapter` says which weights answer: "active" (as loaded), the name of a loaded adapter, or None (the base alone).
+    Not safe for two threads at once: adapters are switched in the model itself.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, template: PromptTemplate, *, name: str = "model", adapter: str | None = "active"
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.name = name
+        self.active = adapter
+
+    # --- adapters ---------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters loaded on the base."""
+        return tuple(getattr(self.model, "peft_config", {}))
+
+    def view(self, adapter: str | None, *, name: str | None = None) -> Generator:
+        """The same weights in memory, answering with `adapter` (None: the base alone) from now on."""
+        self._require_adapter(adapter)
+        return Generator(self.model, self.tokenizer, self.template, name=name or adapter or "base", adapter=adapter)
+
+    @contextlib.contextmanager
+    def adapter(self, name: str | None) -> Iterator[Generator]:
+        """Inside, this generator answers with the adapter `name`, or without any (None)."""
+        self._require_adapter(name)
+        before, self.active = self.active, name
+        try:
+            yield self
+        finally:
+            self.active = before
+
+    def _require_adapter(self, name: str | None) -> None:
+        if name not in (None, "active", *self.adapters):
+            loaded = ", ".join(self.adapters) or "none"
+            raise ModelError("ADAPTER_NOT_FOUND", f"No adapter {name!r} is loaded.", remedy=f"Loaded: {loaded}.")
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[Any]:
+        """The model in evaluation mode with this generator's adapter; training mode and adapter are restored."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self._switched(), torch.inference_mode():
+                yield self.model
+        finally:
+            self.model.train(was_training)
+
+    @contextlib.contextmanager
+    def _switched(self) -> Iterator[None]:
+        from finetuneflow.models.adapters import base_only, switch_adapter
+
+        if self.active is None:
+            with base_only(self.model):
+                yield
+        elif self.active == "active":
+            yield
+        else:
+            before = self.model.active_adapter
+            switch_adapter(self.model, self.active)
+            try:
+                yield
+            finally:
+                switch_adapter(self.model, before)
+
+    def fingerprint(self) -> str:
+        """Identity of the weights that answer: a hash of 64 values of each tensor, and of the adapter in use.
+
+        Any training step changes it; it needs no file, so it also serves a model still being trained.
+        """
+        digest = hashlib.sha256(f"{self.active}|{getattr(self.model, 'active_adapter', '')}".encode())
+        with torch.no_grad():
+            for name, parameter in sorted(self.model.named_parameters()):
+                flat = parameter.detach().reshape(-1)
+                picked = flat[torch.linspace(0, max(len(flat) - 1, 0), min(64, len(flat)), device=flat.device).long()]
+                digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+                digest.update(picked.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    # --- generating -------------------------------------------------------------------------
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can see at once, less what a trained prefix takes."""
+        config = self.model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        limits = [value for key in CONTEXT_KEYS if isinstance(value := getattr(config, key, None), int) and value > 0]
+        prefix = 0
+        if self.active is not None and self.adapters:
+            name = self.model.active_adapter if self.active == "active" else self.active
+            prefix = getattr(self.model.peft_config[name], "num_virtual_tokens", None) or 0
+        return (limits[0] if limits else NO_LIMIT) - prefix
+
+    @property
+    def stop_sequences(self) -> tuple[tuple[int, ...], ...]:
+        """What ends an answer: the template's turn end, and the end tokens of tokenizer and model."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        singles = [*(ends if isinstance(ends, list | tuple) else [ends]), self.tokenizer.eos_token_id]
+        sequences = [tuple(self.template.turn_end), *((token,) for token in singles if token is not None)]
+        return tuple(dict.fromkeys(sequence for sequence in sequences if sequence))
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of one prompt; an error when the model's context has no room for it and one token of answer."""
+        ids = tuple(self.template.prompt_ids(messages))
+        if len(ids) >= self.context_length:
+            raise EvaluationError(
+                "PROMPT_TOO_LONG",
+                f"The prompt has {len(ids):,} tokens; {self.name} sees {self.context_length:,} at most, answer included.",
+                where=f"prompt beginning {messages[0].content[:60]!r}" if messages else None,
+                remedy="Shorten the prompt, drop earlier turns, or use a model with a longer context.",
+            )
+        return ids
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = DEFAULT_BATCH,
+    ) -> list[Generation]:
+        """Answer all prompts, in their order."""
+        decoding = Decoding(max_new_tokens, temperature, top_p, seed)
+        ids = [self.prompt_ids(messages) for messages in prompts]
+        answers: dict[int, Generation] = {}
+        for batch in self.plan_batches(ids, decoding, batch_size=batch_size):
+            answers.update(zip(batch, self.generate_batch([ids[i] for i in batch], decoding), strict=True))
+        return [answers[i] for i in range(len(ids))]
+
+    def plan_batches(self, prompts: Sequence[Sequence[int]], decoding: Decoding, *, batch_size: int) -> list[list[int]]:
+        """Which prompts (by index) are answered together: neighbours in length, the longest first.
+
+        A prompt so near the context limit that its answer must be shorter goes alone, so that padding never
+        costs it a token. State-space models carry padding into their state: they batch equal lengths only.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        recurrent = not hasattr(self.model.config, "num_attention_heads")
+        batches: list[list[int]] = []
+        for i in order:
+            alone = len(prompts[i]) + decoding.max_new_tokens > self.context_length
+            last = batches[-1] if batches else []
+            mates = last and len(last) < batch_size and (not recurrent or len(prompts[last[0]]) == len(prompts[i]))
+            crowded = last and len(prompts[last[0]]) + decoding.max_new_tokens > self.context_length
+            if alone or crowded or not mates:
+                batches.append([i])
+            else:
+                last.append(i)
+        return batches
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[Generation]:
+        """Answer one batch of token ids, left padded, in one go."""
+        with self.ready():
+            output = self._run(prompts, decoding)
+        width = max(map(len, prompts))
+        return [self._finished(row[width:], len(prompt)) for row, prompt in zip(output.tolist(), prompts, strict=True)]
+
+    def stream(
+        self, messages: Sequence[Message], *, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Iterator[str]:
+        """Yield one answer piece by piece; the pieces together are `Generation.text`. Closing the iterator stops the model."""
+        decoding = Decoding(max_new_tokens, temperature, top_p, seed)
+        prompt = self.prompt_ids(messages)
+        pieces = TextPieces(self.tokenizer)
+        with contextlib.closing(self._stream_ids(prompt, decoding)) as tokens:
+            for token in tokens:
+                yield from pieces.add(token)
+        yield from pieces.flush()
+
+    def _stream_ids(self, prompt: Sequence[int], decoding: Decoding) -> Iterator[int]:
+        """Token ids of the answer as they come, the stop sequence left out. The model runs in a thread of its own."""
+        arriving: queue.Queue[int | BaseException | None] = queue.Queue()
+        cancelled = threading.Event()
+
+        def work() -> None:
+            try:
+                with self.ready():
+                    self._run([prompt], decoding, streamer=_QueueStreamer(arriving), cancelled=cancelled)
+                arriving.put(None)
+            except BaseException as error:  # handed to the consumer, which raises it
+                arriving.put(error)
+
+        thread = threading.Thread(target=work, name="ftf-stream", daemon=True)
+        thread.start()
+        try:
+            yield from self._until_stop(arriving)
+        finally:
+            cancelled.set()
+            thread.join()
+
+    def _until_stop(self, arriving: queue.Queue[int | BaseException | None]) -> Iterator[int]:
+        longest = max((len(s) for s in self.stop_sequences), default=1)
+        held: list[int] = []  # what may yet turn out to be the beginning of a stop sequence
+        while (item := arriving.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            held.append(item)
+            kept, stopped = cut_at_stop(held, self.stop_sequences)
+            if stopped:
+                yield from kept
+                return
+            while len(held) >= longest:
+                yield held.pop(0)
+        yield from held
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        *,
+        streamer: Any = None,
+        cancelled: threading.Event | None = None,
+    ) -> torch.Tensor:
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+        pad = self.tokenizer.pad_token_id or 0
+        ids, mask = left_padded(prompts, pad, device=self.model.device)
+        room = self.context_length - ids.shape[1]
+        settings = GenerationConfig(max_new_tokens=min(decoding.max_new_tokens, room), do_sample=False, use_cache=True, pad_token_id=pad)
+        processors = [SeededSampling(decoding, prompts)] if decoding.temperature > 0 else []
+        stop = StopAt(self.stop_sequences, prompt_width=ids.shape[1], cancelled=cancelled)
+        with plain_defaults(self.model, settings):
+            return self.model.generate(  # type: ignore[no-any-return]
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList(processors),
+                stopping_criteria=StoppingCriteriaList([stop]),
+                streamer=streamer,
+            )
+
+    def _finished(self, ids: Sequence[int], prompt_tokens: int) -> Generation:
+        kept, stopped = cut_at_stop(ids, self.stop_sequences)
+        return Generation(self._decode(kept).strip(), tuple(kept), stopped, prompt_tokens)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return decode(self.tokenizer, ids)
+
+
+# --- the parts of a generation step -----------------------------------------------------------
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of token ids; special tokens and "clean-ups" of blanks left out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int, *, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of shape (prompts, longest prompt), the padding before each prompt."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def cut_at_stop(ids: Sequence[int], stops: Sequence[Sequence[int]]) -> tuple[list[int], bool]:
+    """The ids before the first stop sequence, and whether there was one."""
+    ids = list(ids)
+    for end in range(1, len(ids) + 1):
+        for stop in stops:
+            if len(stop) <= end and tuple(ids[end - len(stop) : end]) == tuple(stop):
+                return ids[: end - len(stop)], True
+    return ids, False
+
+
+class StopAt:
+    """Stopping criterion: a row is done when its answer ends with one of the stop sequences, all when cancelled."""
+
+    def __init__(self, stops: Sequence[Sequence[int]], *, prompt_width: int, cancelled: threading.Event | None = None) -> None:
+        self.stops = stops
+        self.prompt_width = prompt_width
+        self.cancelled = cancelled
+        self.done: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if self.done is None:
+            self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        answer = input_ids[:, self.prompt_width :]
+        for stop in self.stops:
+            if len(stop) <= answer.shape[1]:
+                wanted = torch.tensor(stop, device=answer.device)
+                self.done = self.done | (answer[:, -len(stop) :] == wanted).all(dim=1)
+        if self.cancelled is not None and self.cancelled.is_set():
+            return torch.ones_like(self.done)
+        return self.done
+
+
+class SeededSampling:
+    """Draw each row's token from its own random stream; what is left of the scores is that one token.
+
+    A row's stream depends on the seed and its prompt alone, so batches, their order and resumes do not change an answer.
+    """
+
+    def __init__(self, decoding: Decoding, prompts: Sequence[Sequence[int]]) -> None:
+        self.temperature = decoding.temperature
+        self.top_p = decoding.top_p
+        self.streams = [random.Random(f"{decoding.seed}:{list(prompt)}") for prompt in prompts]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        probabilities, order = torch.softmax(scores.double() / self.temperature, dim=-1).sort(dim=-1, descending=True)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        total = torch.where(before < self.top_p, probabilities, 0.0).cumsum(dim=-1)
+        drawn = torch.tensor([[stream.random()] for stream in self.streams], dtype=total.dtype, device=total.device)
+        place = torch.searchsorted(total, drawn * total[:, -1:], right=True).clamp(max=total.shape[1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter(1, order.gather(1, place), 0.0)
+
+
+@contextlib.contextmanager
+def plain_defaults(model: Any, settings: Any) -> Iterator[None]:
+    """Keep a checkpoint's own sampling defaults (repetition penalty, suppressed tokens, …) out of a measurement."""
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    before = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = settings
+        yield
+    finally:
+        for owner, kept in zip(owners, before, strict=True):
+            owner.generation_config = kept
+
+
+class _QueueStreamer:
+    """Puts generated token ids into a queue; the first call brings the prompt, which is passed over."""
+
+    def __init__(self, target: queue.Queue[Any]) -> None:
+        self.target = target
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_seen:
+            for token in value.reshape(-1).tolist():
+                self.target.put(token)
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing: the end is told by the thread itself, after an error too."""
+
+
+class TextPieces:
+    """Tokens in, printable text out: whole characters only, without leading and trailing white space."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown_until = 0  # tokens whose text was given out
+        self.window = 0  # tokens before this one no longer influence how later ones are spelled
+        self.begun = False
+        self.blanks = ""
+
+    def add(self, token: int) -> Iterator[str]:
+        self.ids.append(token)
+        known = decode(self.tokenizer, self.ids[self.window : self.shown_until])
+        text = decode(self.tokenizer, self.ids[self.window :])
+        if len(text) <= len(known) or text.endswith("�"):  # a character whose last bytes are still to come
+            return
+        self.window, self.shown_until = self.shown_until, len(self.ids)
+        yield from self._trimmed(text[len(known) :])
+
+    def flush(self) -> Iterator[str]:
+        """What was held back: bytes that never became a character are shown as �."""
+        known = decode(self.tokenizer, self.ids[self.window : self.shown_until])
+        yield from self._trimmed(decode(self.tokenizer, self.ids[self.window :])[len(known) :])
+
+    def _trimmed(self, piece: str) -> Iterator[str]:
+        piece = self.blanks + piece if self.begun else piece.lstrip()
+        visible = piece.rstrip()
+        self.blanks = piece[len(visible) :]
+        if visible:
+            self.begun = True
+            yield visible
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+def load_generator(
+    source: str | Path,
+    *,
+    adapter: bool = True,
+    adapters: Mapping[str, Path] | None = None,
+    checkpoint: str | int | None = None,
+    template: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> Generator:
+    """Load what `source` names: a run directory, an adapter folder, a model folder, a hub id, or "starter".
+
+    Of a run, `adapter=False` loads the base alone, asked through the run's own tokenizer and template, and
+    `checkpoint` (a step, or a folder name under `checkpoints/`) takes the weights of that moment.
+    `adapters` puts further ones on the same base, switched by name. Run names are resolved by the caller.
+    """
+    folder = Path(source)
+    options = {"device": device, "dtype": dtype}
+    if (folder / "run.yaml").is_file():
+        generator = _from_run(folder, with_adapter=adapter, checkpoint=checkpoint, options=options)
+    elif (folder / "adapter_config.json").is_file():
+        generator = _from_adapter(folder, with_adapter=adapter, template=template, revision=revision, options=options)
+    else:
+        generator = _from_model(str(source), template=template, revision=revision, options=options)
+    if adapters:
+        from finetuneflow.models.adapters import load_adapters
+
+        generator.model = _with_more(generator.model, adapters) if generator.adapters else load_adapters(generator.model, adapters)
+    generator.model.eval()
+    return generator
+
+
+def _with_more(model: Any, adapters: Mapping[str, Path]) -> Any:
+    from finetuneflow.models.adapters import check_adapter_dir
+
+    for name, adapter_dir in adapters.items():
+        check_adapter_dir(adapter_dir)
+        model.load_adapter(str(adapter_dir), adapter_name=name)
+    return model
+
+
+def _from_model(base: str, *, template: str, revision: str | None, options: Mapping[str, Any]) -> Generator:
+    from finetuneflow.data.templates import resolve_template
+    from finetuneflow.models.load import load_base
+    from finetuneflow.models.source import ModelSource
+
+    loaded = load_base(ModelSource(base, revision=revision), **options)
+    return Generator(loaded.model, loaded.tokenizer, resolve_template(loaded.tokenizer, template), name=Path(base).name)
+
+
+def _from_adapter(folder: Path, *, with_adapter: bool, template: str, revision: str | None, options: Mapping[str, Any]) -> Generator:
+    """An adapter folder on the base its config names; its own tokenizer files, if it has some, come first."""
+    from finetuneflow.data.templates import resolve_template
+    from finetuneflow.models.adapters import check_adapter_dir
+    from finetuneflow.models.load import load_with_adapters
+    from finetuneflow.models.source import ModelSource
+
+    config = check_adapter_dir(folder)
+    base = ModelSource(str(config.get("base_model_name_or_path") or ""), revision=revision or config.get("revision"))
+    loaded = load_with_adapters(base, {"default": folder} if with_adapter else {}, **options)
+    tokenizer = _tokenizer_of(folder) or loaded.tokenizer
+    return Generator(loaded.model, tokenizer, resolve_template(tokenizer, template, consent=True), name=folder.name)
+
+
+def _from_run(run: Path, *, with_adapter: bool, checkpoint: str | int | None, options: Mapping[str, Any]) -> Generator:
+    from finetuneflow.config import load_config
+    from finetuneflow.models.load import load_base, load_with_adapters
+    from finetuneflow.models.source import ModelSource
+
+    config, _ = load_config(run / "run.yaml")
+    source = ModelSource(config.model.base, config.model.revision, config.model.trust_remote_code)
+    if config.method.is_adapter:
+        quantize = {"quantize": "nf4", "double_quant": config.method.double_quantization} if config.method.kind == "qlora" else {}
+        wanted = {"tuned": _weights_dir(run, checkpoint, final="adapter")} if with_adapter else {}
+        loaded = load_with_adapters(source, wanted, **quantize, **options)
+    elif with_adapter:
+        loaded = load_base(ModelSource(str(_weights_dir(run, checkpoint, final="model"))), **options)
+    else:
+        loaded = load_base(source, **options)
+    tokenizer = _tokenizer_of(run / "tokenizer") or loaded.tokenizer
+    name = run.resolve().name if with_adapter else "base"
+    return Generator(loaded.model, tokenizer, _template_of_run(run, tokenizer), name=name)
+
+
+def _weights_dir(run: Path, checkpoint: str | int | None, *, final: str) -> Path:
+    """The folder of a run's weights: the final ones, or those of an intact checkpoint."""
+    from finetuneflow.training.checkpoints import checkpoint_dir, find_damage, list_complete
+    from finetuneflow.workspace import safe_join
+
+    root = run / "checkpoints"
+    if checkpoint is None:
+        if (run / final).is_dir():
+            return run / final
+        raise ModelError(
+            "RUN_NOT_FINISHED",
+            f"{run.name} has no final weights ({final}/): it did not end.",
+            remedy="Resume it with `ftf resume`, or name a checkpoint.",
+            context={"checkpoints": [c.path.name for c in list_complete(root)]},
+        )
+    named = str(checkpoint)
+    folder = checkpoint_dir(root, int(named)) if named.isdigit() else safe_join(root, named)
+    if (damage := find_damage(folder)) is not None:
+        there = ", ".join(c.path.name for c in list_complete(root)) or "none"
+        raise ModelError("CHECKPOINT_UNUSABLE", f"{folder.name} cannot be used: {damage}.", remedy=f"Complete checkpoints: {there}.")
+    return folder
+
+
+def _tokenizer_of(folder: Path) -> Any | None:
+    from finetuneflow.models.tokenizer import TOKENIZER_FILES, load_tokenizer
+
+    return load_tokenizer(folder)[0] if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def _template_of_run(run: Path, tokenizer: Any) -> PromptTemplate:
+    """The template the run was trained with, from its own record."""
+    from finetuneflow.data.templates import resolve_template
+
+    record = json.loads((run / "template.json").read_text(encoding="utf-8"))
+    tokenizer.chat_template = record["source"]
+    return resolve_template(tokenizer)  # type: ignore[no-any-return]

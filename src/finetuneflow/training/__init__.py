@@ -1,0 +1,1 @@
+"""Training: `run.py` is the file to read first."""

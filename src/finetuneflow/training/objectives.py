@@ -1,0 +1,443 @@
+"""What is trained on what: from a configuration to tokens, a model, a trainer and a saved result.
+
+`run.py` calls these in order. An objective is a row of `OBJECTIVES`: which examples it takes and which
+of their tokens enter the loss; everything else is shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuneflow.config import RunConfig, Training
+from finetuneflow.data.examples import Kind
+from finetuneflow.data.prepare import Prepared, Recipe, prepare
+from finetuneflow.data.tokens import Policy, Supervise
+from finetuneflow.errors import FineTuneFlowError, TrainingError
+from finetuneflow.events import Emit
+from finetuneflow.training.callbacks import Monitor, memory_now
+from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage
+from finetuneflow.training.progress import Progress
+from finetuneflow.training.setup import Setup
+from finetuneflow.workspace import Workspace, require_free_bytes, sha256_json, translate_os_errors, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """`takes`: kinds of examples it can use; `supervise`: overrides `data.supervise` where only one choice makes sense."""
+
+    takes: frozenset[Kind]
+    supervise: Supervise | None = None
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "sft": Objective(takes=frozenset({"chat", "text"})),
+    "pretrain": Objective(takes=frozenset({"chat", "text"}), supervise="all"),
+}
+
+
+# --- data, tokenizer, template ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Materials:
+    """Everything a run needs besides the model: tokens, tokenizer, template, and the hashes of where they came from."""
+
+    prepared: Prepared
+    tokenizer: Any
+    template: Any
+    tokenizer_digest: str
+    base_digest: str
+
+    def save_tokenizer(self, run_dir: Path) -> None:
+        """Keep the tokenizer with the template the run was trained with, so that inference renders the same."""
+        write_tokenizer(self.tokenizer, self.template, run_dir / "tokenizer")
+        write_json(run_dir / "template.json", {"name": self.template.name, "source": self.template.source})
+
+
+def write_tokenizer(tokenizer: Any, template: Any, folder: Path) -> None:
+    """Tokenizer files, with the chat template of the run."""
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template.source
+        with translate_os_errors(folder):
+            tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.chat_template = own
+
+
+def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Materials:
+    """Tokenizer and template of the base, and the dataset as tokens."""
+    from finetuneflow.data.templates import resolve_template
+    from finetuneflow.models.source import resolve
+    from finetuneflow.models.tokenizer import load_tokenizer
+
+    snapshot = resolve(model_source(config))
+    tokenizer, notes = load_tokenizer(snapshot.path, run_own_code=snapshot.run_own_code)
+    template = resolve_template(tokenizer, config.data.template, consent=config.data.template_consent)
+    for note in (*snapshot.notes, *notes, *template.notes):
+        emit("decision", setting="model.base", value=config.model.base, reason=note)
+    objective = OBJECTIVES[config.training.objective]
+    data = config.data
+    recipe = Recipe(
+        train=tuple(data.train),
+        eval=tuple(data.eval),
+        eval_fraction=data.eval_fraction,
+        mapping=dict(data.mapping),
+        limit=data.limit,
+        reject_threshold=data.reject_threshold,
+        takes=objective.takes,
+        policy=Policy(supervise=objective.supervise or data.supervise, max_length=data.max_length, overlong=data.overlong),
+        seed=config.training.seed,
+    )
+    tokenizer_digest = sha256_json([tokenizer.backend_tokenizer.to_str(), sorted(map(str, tokenizer.special_tokens_map.items()))])
+    prepared = prepare(recipe, tokenizer, tokenizer_digest, template, workspace.cache_dir / "tokens", emit)
+    return Materials(prepared, tokenizer, template, tokenizer_digest, snapshot.digest)
+
+
+def model_source(config: RunConfig) -> Any:
+    from finetuneflow.models.source import ModelSource
+
+    return ModelSource(config.model.base, config.model.revision, config.model.trust_remote_code)
+
+
+# --- the model --------------------------------------------------------------------------------------
+
+
+def load_model(config: RunConfig, setup: Setup, emit: Emit) -> Any:
+    """The base model with a fresh adapter (or unfrozen, for full fine-tuning), on its device."""
+    import torch
+    from transformers import set_seed
+
+    from finetuneflow.models.adapters import AdapterSpec, attach_adapter
+    from finetuneflow.models.load import load_base
+
+    method = config.method
+    loaded = load_base(
+        model_source(config),
+        quantize="nf4" if method.kind == "qlora" else None,
+        double_quant=method.double_quantization,
+        dtype=getattr(torch, setup.storage_dtype),
+        device=setup.device,
+    )
+    for note in loaded.notes:
+        emit("decision", setting="model", value=config.model.base, reason=note)
+    spec = AdapterSpec(
+        kind=method.kind,
+        r=method.r,
+        alpha=method.alpha,
+        dropout=method.dropout,
+        target_modules=method.target_modules,
+        modules_to_save=method.modules_to_save,
+        rslora=method.rslora,
+        num_virtual_tokens=method.num_virtual_tokens,
+    )
+    set_seed(config.training.seed)  # initial adapter weights depend on the seed alone, not on what ran before
+    model = attach_adapter(loaded.model, spec, base_revision=loaded.facts.commit if config.model.revision else None)
+    model.config.use_cache = False  # keys and values of past tokens are of no use in training
+    return model
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What training left: the model in memory and the figures of this process."""
+
+    model: Any
+    step: int
+    stopped: str | None
+    restored_best: bool
+    seconds: float
+    examples_seen: int
+    tokens_seen: int
+    peak_memory_bytes: int
+    trainable_parameters: int
+    total_parameters: int
+
+
+def train_model(
+    config: RunConfig, setup: Setup, materials: Materials, run_dir: Path, emit: Emit, *, start: Checkpoint | None
+) -> Outcome:
+    """Train; with `oom: retry`, halve the micro-batch at equal effective batch for as long as memory runs out."""
+    training = config.training
+    while True:
+        try:
+            return _train_once(config, training, setup, materials, run_dir, emit, start=start)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+            explained = explain_out_of_memory(error, training)
+            smaller = smaller_batch(training)
+            if training.oom == "stop" or smaller is None:
+                raise explained from error
+        # Outside the handler: the exception, and with it every tensor of the failed step, is gone by now.
+        gc.collect()
+        _empty_device_cache()
+        emit(
+            "decision",
+            setting="training.batch_size",
+            value=smaller.batch_size,
+            reason=f"Out of memory with micro-batch {training.batch_size}: trying {smaller.batch_size} x {smaller.gradient_accumulation} "
+            f"(effective batch {smaller.effective_batch}, as before).",
+        )
+        training = smaller
+
+
+def smaller_batch(training: Training) -> Training | None:
+    """Half the micro-batch at the same effective batch, or None where it cannot be halved."""
+    if training.batch_size % 2:
+        return None
+    return training.model_copy(
+        update={"batch_size": training.batch_size // 2, "gradient_accumulation": training.gradient_accumulation * 2}
+    )
+
+
+def _train_once(
+    config: RunConfig,
+    training: Training,
+    setup: Setup,
+    materials: Materials,
+    run_dir: Path,
+    emit: Emit,
+    *,
+    start: Checkpoint | None,
+) -> Outcome:
+    from finetuneflow.models.adapters import trainable_parameters
+    from finetuneflow.training.trainer import PROGRESS_FILE
+
+    emit("phase", name="loading")
+    model = load_model(config, setup, emit)
+    progress = Progress(on_saving=lambda step: emit("phase", name="saving", step=step))
+    if start:
+        progress.load_state(json.loads((start.path / PROGRESS_FILE).read_text()))
+    monitor = Monitor(emit, progress, training, run_dir, evaluates=materials.prepared.eval is not None)
+    trainer = build_trainer(config, training, setup, materials, model, monitor, run_dir)
+    counts = trainable_parameters(model)
+    _require_disk(run_dir, counts.trainable)
+    if setup.device == "cuda" or training.oom == "retry":
+        try_longest_batch(trainer)
+    emit("phase", name="training", trainable_parameters=counts.trainable, total_parameters=counts.total)
+    began, tokens_before = time.monotonic(), progress.tokens_seen
+    with orderly_stop(monitor):
+        trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    seconds = time.monotonic() - began
+    steps_here = trainer.state.global_step - (start.step if start else 0)
+    return Outcome(
+        model=model,
+        step=trainer.state.global_step,
+        stopped=monitor.stopped,
+        restored_best=not monitor.stopped and training.load_best and _restore_best(trainer, emit),
+        seconds=seconds,
+        examples_seen=steps_here * training.effective_batch,
+        tokens_seen=progress.tokens_seen - tokens_before,
+        peak_memory_bytes=memory_now()["peak_memory_bytes"],
+        trainable_parameters=counts.trainable,
+        total_parameters=counts.total,
+    )
+
+
+# Our names -> transformers' names, where they differ.
+OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit"}
+
+
+def build_trainer(
+    config: RunConfig, training: Training, setup: Setup, materials: Materials, model: Any, monitor: Monitor, run_dir: Path
+) -> Any:
+    """The trainer for a model and tokens that are ready."""
+    from transformers import PrinterCallback, TrainingArguments
+
+    from finetuneflow.data.batches import Collator
+    from finetuneflow.training.trainer import SupervisedTrainer
+
+    arguments = TrainingArguments(
+        output_dir=str(run_dir / "checkpoints"),
+        run_name=run_dir.name,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        learning_rate=setup.learning_rate,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        warmup_steps=min(training.warmup_ratio, 0.999_999),  # a fraction is a share of all steps
+        weight_decay=training.weight_decay,
+        lr_scheduler_type=training.scheduler,
+        max_grad_norm=training.max_grad_norm,
+        optim=OPTIMIZERS.get(setup.optimizer, setup.optimizer),
+        bf16=setup.compute_dtype == "bfloat16",
+        fp16=setup.compute_dtype == "float16",
+        use_cpu=setup.device == "cpu",
+        activation_checkpointing=setup.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if setup.gradient_checkpointing else None,
+        seed=training.seed,
+        report_to=list(training.report_to) or "none",
+        # The monitor decides when to log, evaluate and save.
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=setup.device == "cuda",
+    )
+    trainer = SupervisedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=materials.prepared.train,
+        eval_dataset=materials.prepared.eval,
+        data_collator=Collator(materials.tokenizer.pad_token_id),
+        monitor=monitor,
+        checkpoints_dir=run_dir / "checkpoints",
+        keep_checkpoints=training.keep_checkpoints,
+        places=materials.prepared.place,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextlib.contextmanager
+def orderly_stop(monitor: Monitor) -> Iterator[None]:
+    """The first Ctrl-C or TERM saves and stops after the step; a second one interrupts at once."""
+
+    def handle(signum: int, frame: Any) -> None:
+        monitor.stop_soon()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def try_longest_batch(trainer: Any) -> None:
+    """Forward and backward on the longest rows, so that memory runs out now rather than after an hour.
+
+    Leaves no trace: gradients are dropped and the random state is put back.
+    """
+    import torch
+
+    dataset = trainer.train_dataset
+    lengths = dataset["length"]
+    longest = sorted(range(len(dataset)), key=lambda i: lengths[i], reverse=True)[: trainer.args.per_device_train_batch_size]
+    batch = trainer.data_collator([dataset[i] for i in longest])
+    batch.pop("row_ids")
+    with torch.random.fork_rng():
+        trainer.model.to(trainer.args.device).train()
+        inputs = trainer._prepare_inputs(batch)
+        with trainer.accelerator.autocast():
+            loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+    trainer.model.zero_grad(set_to_none=True)
+
+
+def _restore_best(trainer: Any, emit: Emit) -> bool:
+    """Put the weights of the lowest evaluation loss back; False where they are the last ones or cannot be read."""
+    best = trainer.progress.best_step
+    if best is None or best == trainer.state.global_step:
+        return best is not None
+    path = checkpoint_dir(trainer.checkpoints_dir, best)
+    if reason := find_damage(path):
+        emit("warning", code="BEST_CHECKPOINT_DAMAGED", message=f"The best checkpoint {path.name} cannot be used: {reason}.", advice="The last weights are kept.")
+        return False
+    trainer._load_from_checkpoint(str(path))
+    emit("decision", setting="training.load_best", value=best, reason=f"The weights of step {best} are kept: its evaluation loss is the lowest.")
+    return True
+
+
+def _require_disk(run_dir: Path, trainable: int) -> None:
+    """Room for two checkpoints (fp32 weights and two optimizer moments) before the first hour is spent."""
+    require_free_bytes(run_dir, 2 * trainable * 4 * 3)
+
+
+# --- out of memory --------------------------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's own error, Python's, or the CPU allocator's RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory", "bad_alloc", "std::bad_alloc")
+    )
+
+
+def explain_out_of_memory(error: BaseException, training: Training | None = None) -> FineTuneFlowError:
+    """The error with remedies, cheapest first."""
+    remedies = ["lower data.max_length", "use method qlora", "turn training.gradient_checkpointing on", "close other programs"]
+    if training is not None and (smaller := smaller_batch(training)) is not None:
+        remedies.insert(
+            0,
+            f"set training.batch_size={smaller.batch_size} and training.gradient_accumulation={smaller.gradient_accumulation} "
+            "(the same effective batch), or training.oom=retry to have that done",
+        )
+    memory = memory_now()
+    return TrainingError(
+        "OUT_OF_MEMORY",
+        f"Memory ran out: {memory['peak_memory_bytes'] / 1e9:.2f} GB were used at the peak of {memory_capacity() / 1e9:.1f} GB.",
+        where=str(error).splitlines()[0][:200] if str(error) else None,
+        remedy="; ".join(f"{n}. {text}" for n, text in enumerate(remedies, 1)) + ". `ftf resume` goes on from the last checkpoint.",
+        context=memory,
+    )
+
+
+def memory_capacity() -> int:
+    """Bytes of the device that is used: the GPU's memory, else the machine's."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def _empty_device_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --- the result -------------------------------------------------------------------------------------------
+
+
+def save_result(config: RunConfig, outcome: Outcome, materials: Materials, run_dir: Path) -> None:
+    """`adapter/` in PEFT's format, or `model/` with its tokenizer after full fine-tuning; whole or not at all."""
+    target = run_dir / ("adapter" if config.method.is_adapter else "model")
+    temporary = run_dir / f".{target.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with translate_os_errors(temporary):
+        if config.method.is_adapter:
+            for adapter in outcome.model.peft_config.values():
+                adapter.base_model_name_or_path = config.model.base  # not the folder of this machine's cache
+            outcome.model.save_pretrained(temporary)
+            (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the export writes a real one
+        else:
+            outcome.model.config.use_cache = True
+            outcome.model.save_pretrained(temporary)
+            write_tokenizer(materials.tokenizer, materials.template, temporary)
+        for path in temporary.rglob("*.safetensors"):
+            os.chmod(path, 0o644)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+
+
+def measure(config: RunConfig, outcome: Outcome, materials: Materials, run_dir: Path, emit: Emit) -> dict[str, Any]:
+    """Answers to held-out prompts, and the acceptance suite where one is named; written to `evals/` too."""
+    return {}

@@ -1,0 +1,105 @@
+"""What a run knows about itself between steps: losses of the open log window, best evaluation, speed.
+
+Everything here that shapes later output (the window, the best step, the evaluations without
+improvement) is saved in each checkpoint, so a resumed run writes the same lines.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+SPEED_WINDOW = 50  # optimizer steps the speed and the remaining time are taken over
+
+
+class Progress:
+    """Plain values; no torch import, tensors are only added up and read at the end of a window."""
+
+    def __init__(self, *, on_saving: Callable[[int], None] = lambda step: None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._on_saving = on_saving
+        self._step_loss: Any = None
+        self._window: list[Any] = []
+        self.best_step: int | None = None
+        self.best_loss: float | None = None
+        self.evaluations_without_improvement = 0
+        self.tokens_seen = 0
+        self.grad_norm = 0.0
+        self.learning_rate = 0.0
+        # (time, tokens seen) at the end of recent steps; of this process only, so a pause never counts
+        self._marks: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW + 1)
+
+    # --- fed by the trainer ---------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start the clock: call once, right before the first step."""
+        self._marks.append((self._clock(), self.tokens_seen))
+
+    def count_tokens(self, tokens: int) -> None:
+        """Tokens that are not padding."""
+        self.tokens_seen += tokens
+
+    def add_loss(self, loss: Any) -> None:
+        """The share of one micro-batch in the step's loss (already divided by the step's tokens)."""
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+
+    def end_step(self, *, grad_norm: float, learning_rate: float) -> None:
+        self._window.append(self._step_loss)
+        self._step_loss = None
+        self.grad_norm = grad_norm
+        self.learning_rate = learning_rate
+        self._marks.append((self._clock(), self.tokens_seen))
+
+    def record_evaluation(self, step: int, loss: float) -> bool:
+        """Whether this evaluation is the best so far."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_step, self.best_loss, self.evaluations_without_improvement = step, loss, 0
+            return True
+        self.evaluations_without_improvement += 1
+        return False
+
+    def emit_saving(self, step: int) -> None:
+        self._on_saving(step)
+
+    # --- read by the monitor ----------------------------------------------------------------------
+
+    def drain_window(self) -> float:
+        """Mean loss of the steps since the last log line; empties the window."""
+        losses = [float(loss) for loss in self._window]
+        self._window = []
+        return sum(losses) / len(losses)
+
+    def speed(self) -> tuple[float, float]:
+        """(seconds per step, tokens per second) over a sliding window of this process's steps."""
+        (t0, tokens0), (t1, tokens1) = self._marks[0], self._marks[-1]
+        steps = len(self._marks) - 1
+        elapsed = max(t1 - t0, 1e-9)
+        return (elapsed / max(steps, 1), (tokens1 - tokens0) / elapsed)
+
+    # --- checkpoints --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "window": [float(loss) for loss in self._window],
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
+            "evaluations_without_improvement": self.evaluations_without_improvement,
+            "tokens_seen": self.tokens_seen,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._window = list(state["window"])
+        self.best_step = state["best_step"]
+        self.best_loss = state["best_loss"]
+        self.evaluations_without_improvement = state["evaluations_without_improvement"]
+        self.tokens_seen = state["tokens_seen"]
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident memory of this process so far (Linux counts in KiB, macOS in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

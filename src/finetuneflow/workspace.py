@@ -1,0 +1,264 @@
+"""The data directory: names, safe joins, atomic writes, locks, free space, hashes.
+
+Everything FineTuneFlow writes lies under one folder, the workspace (`--workspace`, or the
+environment variable `FTF_HOME`, or `./ftf-workspace`). This module is the only one that
+turns a name from outside into a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from finetuneflow.errors import StorageError
+
+NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?")
+# Names Windows reserves: a run made here must be copyable there.
+RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))})
+
+
+def check_name(name: str, *, what: str = "name") -> str:
+    """Return `name` if it is safe as one path part, else raise `STORAGE_BAD_NAME`."""
+    plain = NAME_PATTERN.fullmatch(name) and ".." not in name and name.split(".")[0] not in RESERVED_NAMES
+    if not plain:
+        raise StorageError(
+            "STORAGE_BAD_NAME",
+            f"{name[:80]!r} cannot be used as a {what}.",
+            remedy="Use lower-case letters, digits, '.', '_' and '-'; start and end with a letter or digit; at most 100.",
+        )
+    return name
+
+
+def safe_join(root: Path, *parts: str) -> Path:
+    """Join untrusted relative parts below `root`; the result, links resolved, must stay there."""
+    joined = root.joinpath(*parts)
+    resolved, resolved_root = joined.resolve(), root.resolve()
+    if any("\0" in part for part in parts) or not resolved.is_relative_to(resolved_root):
+        raise StorageError("STORAGE_BAD_NAME", f"The path {'/'.join(parts)[:120]!r} leaves its folder.", remedy="Use a name inside the folder.")
+    return joined
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks (constant memory)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a value's canonical JSON (sorted keys, no blanks)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part; the bytes are on disk on return."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with translate_os_errors(path, needed_bytes=len(data)):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes it 0600; another user or container may have to read it
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def translate_os_errors(path: Path, *, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn a full disk or a folder without write access into a `StorageError` that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise disk_full(path, needed_bytes=needed_bytes) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise StorageError(
+                "STORAGE_NOT_WRITABLE",
+                f"{path} cannot be written: {error.strerror}.",
+                remedy=f"Give this user write access to {path.parent}, or choose another folder with --workspace.",
+            ) from error
+        raise
+
+
+def disk_full(path: Path, *, needed_bytes: int | None = None) -> StorageError:
+    """The error for a disk without room, with what is needed and what is free."""
+    free = free_bytes(path)
+    needed = f"{needed_bytes / 1e6:,.1f} MB are needed, " if needed_bytes is not None else ""
+    return StorageError(
+        "STORAGE_DISK_FULL",
+        f"The disk is full: {needed}{free / 1e6:,.1f} MB are free.",
+        where=str(path),
+        remedy="Free some space (old runs: `ftf runs`, then delete their folders) and resume; nothing that was complete is lost.",
+        context={"needed_bytes": needed_bytes, "free_bytes": free},
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free for this user on the file system that holds `path` (which need not exist yet)."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_free_bytes(path: Path, needed_bytes: int) -> None:
+    """Raise `STORAGE_DISK_FULL` before a write that cannot end well."""
+    if free_bytes(path) < needed_bytes:
+        raise disk_full(path, needed_bytes=needed_bytes)
+
+
+# --- who is working on what ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process, safely: pids are recycled, so the start time (seconds since the epoch) counts too."""
+
+    pid: int
+    started: float
+
+    @classmethod
+    def current(cls) -> ProcessIdentity:
+        process = psutil.Process()
+        return cls(process.pid, process.create_time())
+
+    def is_alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) < 0.5 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+
+@contextlib.contextmanager
+def directory_lock(directory: Path) -> Iterator[None]:
+    """Hold `directory` for this process; a second holder gets `RUN_BUSY` with the owner's pid.
+
+    The kernel drops an `flock` when its holder dies, so a killed process never leaves a stale lock.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read(200).strip() or "unknown"
+            raise StorageError(
+                "RUN_BUSY",
+                f"Another process is working on {directory.name} ({owner}).",
+                where=str(directory),
+                remedy="Wait for it, stop it with `ftf stop`, or start a new run.",
+            ) from error
+        identity = asdict(ProcessIdentity.current())
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps(identity))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.seek(0)
+            file.truncate()
+
+
+def lock_owner(directory: Path) -> ProcessIdentity | None:
+    """Who holds `directory` now, or None."""
+    try:
+        owner = ProcessIdentity(**json.loads((directory / "lock").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return owner if owner.is_alive() else None
+
+
+# --- the folder of all runs -----------------------------------------------------------------
+
+
+class Workspace:
+    """The data directory. Cheap to make; creates folders only when something is written."""
+
+    def __init__(self, root: Path | str | None = None) -> None:
+        self.root = Path(root or os.environ.get("FTF_HOME") or "ftf-workspace").expanduser()
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.root / "cache"
+
+    def new_run_dir(self, name: str) -> Path:
+        """Create and return a fresh run folder `<name>-<date>-<n>` under `runs/`."""
+        check_name(name, what="run name")
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%d")
+        with translate_os_errors(self.runs_dir):
+            self.runs_dir.mkdir(parents=True, exist_ok=True)
+            for number in range(1, 10_000):
+                candidate = self.runs_dir / f"{name}-{stamp}-{number:03d}"
+                try:
+                    candidate.mkdir()
+                    return candidate
+                except FileExistsError:
+                    continue
+        raise StorageError("STORAGE_EXISTS", f"10,000 runs are named {name} today.", remedy="Choose another run name.")
+
+    def run_dir(self, name_or_path: str | Path) -> Path:
+        """The folder of an existing run: its name, a unique beginning of it, `latest`, or a path to it."""
+        path = Path(name_or_path)
+        if (path / "run.yaml").is_file():
+            return path
+        names = self.run_names()
+        name = str(name_or_path)
+        if name == "latest" and names:
+            return self.runs_dir / names[-1]
+        matches = [n for n in names if n == name] or [n for n in names if n.startswith(name)]
+        if len(matches) == 1:
+            return self.runs_dir / matches[0]
+        known = ", ".join(matches or names[-5:]) or "none yet"
+        raise StorageError(
+            "RUN_NOT_FOUND",
+            f"{name!r} fits several runs: {known}." if matches else f"There is no run {name!r} in {self.runs_dir}.",
+            remedy=f"Name one of: {known}. `ftf runs` lists all.",
+        )
+
+    def run_names(self) -> list[str]:
+        """All runs, oldest first (by creation, as told by their first file)."""
+        if not self.runs_dir.is_dir():
+            return []
+        found = [p for p in self.runs_dir.iterdir() if (p / "run.yaml").is_file()]
+        return [p.name for p in sorted(found, key=lambda p: ((p / "run.yaml").stat().st_mtime_ns, p.name))]
