@@ -52,7 +52,7 @@ class EventLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
 
-    def emit(self, name: str, **fields: Any) -> Event:
+    def emit(self, name: str, /, **fields: Any) -> Event:
         """Number, stamp and write one event; returns it."""
         assert name in EVENT_NAMES, name
         event: Event = {"seq": self._seq + 1, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": name}

@@ -243,7 +243,7 @@ def probe_torch(installed: str | None, run: Runner) -> Torch:
         return _torch_from(json.loads(_last_line(done.output)))
     except subprocess.TimeoutExpired:
         return Torch(version=installed, problem=f"importing torch took more than {TORCH_TIMEOUT_SECONDS:.0f} s")
-    except Exception as error:  # noqa: BLE001 - a probe reports a broken installation, it does not share its fate
+    except Exception as error:
         return Torch(version=installed, problem=f"{type(error).__name__}: {str(error)[:200]}")
 
 

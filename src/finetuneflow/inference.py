@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import queue
 import random
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,10 @@ class PromptTemplate(Protocol):
     @property
     def turn_end(self) -> Sequence[int]:
         """Token ids that end an assistant turn, in order."""
+
+    @property
+    def stop(self) -> str:
+        """The same as text."""
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Sequence[int]:
         """Token ids of the conversation and the opening of the assistant's turn."""
@@ -174,12 +179,14 @@ class Generator:
         return (limits[0] if limits else NO_LIMIT) - prefix
 
     @property
-    def stop_sequences(self) -> tuple[tuple[int, ...], ...]:
+    def ending(self) -> Ending:
         """What ends an answer: the template's turn end, and the end tokens of tokenizer and model."""
         ends = getattr(self.model.generation_config, "eos_token_id", None)
-        singles = [*(ends if isinstance(ends, list | tuple) else [ends]), self.tokenizer.eos_token_id]
-        sequences = [tuple(self.template.turn_end), *((token,) for token in singles if token is not None)]
-        return tuple(dict.fromkeys(sequence for sequence in sequences if sequence))
+        tokens = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])} - {None}
+        turn_end = tuple(self.template.turn_end)
+        if len(turn_end) == 1 or (turn_end and turn_end[0] in self.tokenizer.all_special_ids):
+            return Ending(self.tokenizer, frozenset(tokens | {turn_end[0]}))
+        return Ending(self.tokenizer, frozenset(tokens), self.template.stop if turn_end else "")
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of one prompt; an error when the model's context has no room for it and one token of answer."""
@@ -233,10 +240,15 @@ class Generator:
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[Generation]:
         """Answer one batch of token ids, left padded, in one go."""
+        ending = self.ending
         with self.ready():
             output = self._run(prompts, decoding)
         width = max(map(len, prompts))
-        return [self._finished(row[width:], len(prompt)) for row, prompt in zip(output.tolist(), prompts, strict=True)]
+        cuts = [ending.cut(row[width:]) for row in output.tolist()]
+        return [
+            Generation(text.strip(), tuple(kept), stopped, len(prompt))
+            for (kept, text, stopped), prompt in zip(cuts, prompts, strict=True)
+        ]
 
     def stream(
         self, messages: Sequence[Message], *, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
@@ -244,14 +256,13 @@ class Generator:
         """Yield one answer piece by piece; the pieces together are `Generation.text`. Closing the iterator stops the model."""
         decoding = Decoding(max_new_tokens, temperature, top_p, seed)
         prompt = self.prompt_ids(messages)
-        pieces = TextPieces(self.tokenizer)
+        ending = self.ending
         with contextlib.closing(self._stream_ids(prompt, decoding)) as tokens:
-            for token in tokens:
-                yield from pieces.add(token)
-        yield from pieces.flush()
+            before_end = itertools.takewhile(lambda token: token not in ending.tokens, tokens)
+            yield from trimmed(before_text(whole_characters(before_end, self.tokenizer), ending.text))
 
     def _stream_ids(self, prompt: Sequence[int], decoding: Decoding) -> Iterator[int]:
-        """Token ids of the answer as they come, the stop sequence left out. The model runs in a thread of its own."""
+        """Token ids of the answer as they come, end tokens included. The model runs in a thread of its own."""
         arriving: queue.Queue[int | BaseException | None] = queue.Queue()
         cancelled = threading.Event()
 
@@ -266,25 +277,13 @@ class Generator:
         thread = threading.Thread(target=work, name="ftf-stream", daemon=True)
         thread.start()
         try:
-            yield from self._until_stop(arriving)
+            while (item := arriving.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
         finally:
             cancelled.set()
             thread.join()
-
-    def _until_stop(self, arriving: queue.Queue[int | BaseException | None]) -> Iterator[int]:
-        longest = max((len(s) for s in self.stop_sequences), default=1)
-        held: list[int] = []  # what may yet turn out to be the beginning of a stop sequence
-        while (item := arriving.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            held.append(item)
-            kept, stopped = cut_at_stop(held, self.stop_sequences)
-            if stopped:
-                yield from kept
-                return
-            while len(held) >= longest:
-                yield held.pop(0)
-        yield from held
 
     def _run(
         self,
@@ -301,7 +300,7 @@ class Generator:
         room = self.context_length - ids.shape[1]
         settings = GenerationConfig(max_new_tokens=min(decoding.max_new_tokens, room), do_sample=False, use_cache=True, pad_token_id=pad)
         processors = [SeededSampling(decoding, prompts)] if decoding.temperature > 0 else []
-        stop = StopAt(self.stop_sequences, prompt_width=ids.shape[1], cancelled=cancelled)
+        stop = StopAt(self.ending, prompt_width=ids.shape[1], cancelled=cancelled)
         with plain_defaults(self.model, settings):
             return self.model.generate(  # type: ignore[no-any-return]
                 input_ids=ids,
@@ -311,13 +310,6 @@ class Generator:
                 stopping_criteria=StoppingCriteriaList([stop]),
                 streamer=streamer,
             )
-
-    def _finished(self, ids: Sequence[int], prompt_tokens: int) -> Generation:
-        kept, stopped = cut_at_stop(ids, self.stop_sequences)
-        return Generation(self._decode(kept).strip(), tuple(kept), stopped, prompt_tokens)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return decode(self.tokenizer, ids)
 
 
 # --- the parts of a generation step -----------------------------------------------------------
@@ -339,35 +331,50 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int, *, device: Any) -> t
     return ids.to(device), mask.to(device)
 
 
-def cut_at_stop(ids: Sequence[int], stops: Sequence[Sequence[int]]) -> tuple[list[int], bool]:
-    """The ids before the first stop sequence, and whether there was one."""
-    ids = list(ids)
-    for end in range(1, len(ids) + 1):
-        for stop in stops:
-            if len(stop) <= end and tuple(ids[end - len(stop) : end]) == tuple(stop):
-                return ids[: end - len(stop)], True
-    return ids, False
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What ends an answer: any of `tokens`; and `text`, for a turn end that is several ordinary tokens (they may merge
+    with what stands before them, so only their text is sure)."""
+
+    tokenizer: Any
+    tokens: frozenset[int]
+    text: str = ""
+
+    def cut(self, ids: Sequence[int]) -> tuple[list[int], str, bool]:
+        """Token ids and text before the end, and whether there was one."""
+        kept = list(itertools.takewhile(lambda token: token not in self.tokens, ids))
+        text, stopped = decode(self.tokenizer, kept), len(kept) < len(ids)
+        if not self.text or self.text not in text:
+            return kept, text, stopped
+        while self.text in decode(self.tokenizer, kept[:-1]):
+            kept.pop()
+        return kept, text[: text.index(self.text)], True
+
+    def reached(self, answers: torch.Tensor) -> torch.Tensor:
+        """For each row, whether its newest token completes an end."""
+        newest = answers[:, -1]
+        done = torch.isin(newest, torch.tensor(sorted(self.tokens), dtype=newest.dtype, device=newest.device))
+        if not self.text:
+            return done
+        # The end has at most one token per byte; four more for what it may have merged with.
+        tails = answers[:, -(len(self.text.encode()) + 4) :].tolist()
+        return done | torch.tensor([self.text in decode(self.tokenizer, tail) for tail in tails], device=done.device)
 
 
 class StopAt:
-    """Stopping criterion: a row is done when its answer ends with one of the stop sequences, all when cancelled."""
+    """Stopping criterion: a row is done when its answer has reached its end, all are when cancelled."""
 
-    def __init__(self, stops: Sequence[Sequence[int]], *, prompt_width: int, cancelled: threading.Event | None = None) -> None:
-        self.stops = stops
+    def __init__(self, ending: Ending, *, prompt_width: int, cancelled: threading.Event | None = None) -> None:
+        self.ending = ending
         self.prompt_width = prompt_width
         self.cancelled = cancelled
         self.done: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        if self.done is None:
-            self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        answer = input_ids[:, self.prompt_width :]
-        for stop in self.stops:
-            if len(stop) <= answer.shape[1]:
-                wanted = torch.tensor(stop, device=answer.device)
-                self.done = self.done | (answer[:, -len(stop) :] == wanted).all(dim=1)
         if self.cancelled is not None and self.cancelled.is_set():
-            return torch.ones_like(self.done)
+            return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        reached = self.ending.reached(input_ids[:, self.prompt_width :])
+        self.done = reached if self.done is None else self.done | reached
         return self.done
 
 
@@ -422,37 +429,48 @@ class _QueueStreamer:
         """Nothing: the end is told by the thread itself, after an error too."""
 
 
-class TextPieces:
-    """Tokens in, printable text out: whole characters only, without leading and trailing white space."""
+def whole_characters(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:
+    """Tokens in, text out: a character whose bytes are spread over several tokens comes when its last one is there.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.shown_until = 0  # tokens whose text was given out
-        self.window = 0  # tokens before this one no longer influence how later ones are spelled
-        self.begun = False
-        self.blanks = ""
+    Only the tokens since the piece before last are decoded anew, so the work stays proportional to the length.
+    """
+    ids: list[int] = []
+    window = shown = 0
+    for token in tokens:
+        ids.append(token)
+        known = decode(tokenizer, ids[window:shown])
+        text = decode(tokenizer, ids[window:])
+        if len(text) > len(known) and not text.endswith("�"):
+            window, shown = shown, len(ids)
+            yield text[len(known) :]
+    rest = decode(tokenizer, ids[window:])[len(decode(tokenizer, ids[window:shown])) :]
+    if rest:  # bytes that never became a character: shown as �
+        yield rest
 
-    def add(self, token: int) -> Iterator[str]:
-        self.ids.append(token)
-        known = decode(self.tokenizer, self.ids[self.window : self.shown_until])
-        text = decode(self.tokenizer, self.ids[self.window :])
-        if len(text) <= len(known) or text.endswith("�"):  # a character whose last bytes are still to come
+
+def before_text(pieces: Iterable[str], end: str) -> Iterator[str]:
+    """Pieces up to the text `end`; what may be its beginning is held back until that is clear."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if end and end in held:
+            yield held[: held.index(end)]
             return
-        self.window, self.shown_until = self.shown_until, len(self.ids)
-        yield from self._trimmed(text[len(known) :])
+        doubtful = next((n for n in range(min(len(end) - 1, len(held)), 0, -1) if held.endswith(end[:n])), 0)
+        yield held[: len(held) - doubtful]
+        held = held[len(held) - doubtful :]
+    yield held
 
-    def flush(self) -> Iterator[str]:
-        """What was held back: bytes that never became a character are shown as �."""
-        known = decode(self.tokenizer, self.ids[self.window : self.shown_until])
-        yield from self._trimmed(decode(self.tokenizer, self.ids[self.window :])[len(known) :])
 
-    def _trimmed(self, piece: str) -> Iterator[str]:
-        piece = self.blanks + piece if self.begun else piece.lstrip()
+def trimmed(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces without white space before the first and after the last visible character, and without empty ones."""
+    blanks, begun = "", False
+    for piece in pieces:
+        piece = blanks + piece if begun else piece.lstrip()
         visible = piece.rstrip()
-        self.blanks = piece[len(visible) :]
+        blanks = piece[len(visible) :]
         if visible:
-            self.begun = True
+            begun = True
             yield visible
 
 

@@ -64,6 +64,13 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def source_digest(*rooms: str) -> str:
+    """Hash over our own source files in `rooms` (sub-packages): what cached or resumed results depend on."""
+    root = Path(__file__).parent
+    files = sorted(path for room in rooms for path in (root / room).rglob("*.py"))
+    return sha256_json({str(path.relative_to(root)): sha256_file(path) for path in files})
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part; the bytes are on disk on return."""
     data = content.encode("utf-8") if isinstance(content, str) else content

@@ -27,7 +27,7 @@ def make_run(
     root: Path, kind: str = "lora", *, architecture: str = "llama", dtype: str = "float32", steps: int = 400, **settings: Any
 ) -> Path:
     """Write a run of method `kind` below `root` and return its folder; `settings` are `section__key` overrides."""
-    base = save_tiny(root / "base", architecture)
+    base = save_tiny(root / "base", architecture, hidden=64)  # 4-bit products on the CPU want multiples of 32
     if dtype != "float32":
         _store_as(base, dtype)
     run_dir = root / "runs" / f"{kind}-20260101-001"

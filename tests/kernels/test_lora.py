@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from models.tiny import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,6 +19,7 @@ from finetuneflow.kernels.lora import (
     lora_layers,
     to_peft_state_dict,
 )
+from models.tiny import tiny_model
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 EXACT = {"atol": 1e-6, "rtol": 1e-6}

@@ -49,7 +49,10 @@ class Encoded:
 
     def starts_before(self, token: int, char: int) -> bool:
         """Whether a token begins left of a character, that is, whether it straddles it."""
-        return token < len(self.ids) and int(self._encoding.offsets[token][0]) < char
+        if token >= len(self.ids):
+            return False
+        where = self._encoding.token_to_chars(token)
+        return where is not None and int(where[0]) < char
 
 
 class Encoder:

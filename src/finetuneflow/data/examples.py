@@ -5,8 +5,35 @@ Place in the flow: `sources.read_rows` -> **examples.to_examples** -> `quality.i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from finetuneflow.data.json_rows import visible
+from finetuneflow.workspace import translate_os_errors
+
+if TYPE_CHECKING:
+    from finetuneflow.data.sources import Row
+
+__all__ = [
+    "NOTES",
+    "Example",
+    "Kind",
+    "Mapping",
+    "Message",
+    "Place",
+    "Problem",
+    "Role",
+    "ToolCall",
+    "to_canonical",
+    "to_examples",
+    "visible",
+    "write_canonical",
+]
 
 Role = Literal["system", "user", "assistant", "tool"]
 Kind = Literal["chat", "text", "preference", "unpaired"]
@@ -26,12 +53,16 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One row that cannot be used, as a value: bad rows never stop good ones."""
+    """One row that cannot be used, as a value: bad rows never stop good ones.
+
+    `shape` names the format when it was recognised all the same (questions without answers, …), else it is empty.
+    """
 
     place: Place
     code: str
     found: str
     hint: str
+    shape: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +110,136 @@ class Example:
     tools: tuple[dict[str, Any], ...] = ()
     group: str | None = None
     notes: tuple[str, ...] = field(default=())
+
+
+# What `Example.notes` can hold: code -> what was recognised, and what was done about it.
+NOTES: dict[str, str] = {
+    "no_input_marker": "An input that only says there is none (<noinput>, N/A, None, …) was left out.",
+    "placeholder": "An unfilled placeholder such as {{name}} is in the text and would be learned as it stands.",
+    "alpaca_prompt_unwrapped": "The Alpaca prompt was already applied; instruction and input were taken out of it.",
+    "alpaca_prompt_kept": "The text looks like an applied prompt template that could not be taken apart safely.",
+    "end_marker_removed": "A written-out end marker (</s>, <|im_end|>, …) was removed from the end of an answer.",
+    "number_as_text": "A number was read as text.",
+    "list_of_one": "A list with one string was read as that string.",
+    "first_of_several": "Several answers are given; the first was taken.",
+    "empty_system_dropped": "An empty system turn was dropped.",
+    "starts_with_assistant": "Turns before the first user turn were dropped.",
+    "system_in_the_middle": "A system turn stands after the first user turn; some templates refuse that.",
+    "same_role_twice": "Two turns of the same role in a row were joined.",
+    "ends_without_answer": "Turns after the last answer were dropped: nothing in them is learned.",
+    "empty_answer_dropped": "An empty last answer was dropped.",
+    "empty_answer_unsupervised": "An empty answer in the middle is kept out of the loss.",
+    "empty_user_turn": "A user turn is empty.",
+    "tool_call_without_result": "A tool call is followed by the user, without its result.",
+    "tool_call_as_text": "A tool call is written as text inside an answer and stays text.",
+    "bare_string": "A bare JSON string was read as a text to continue, not as a prompt.",
+    "replies_left_out": "Other branches of the conversation tree were left out (best-ranked path).",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """Which columns mean what, for a file whose shape is not recognised (or is recognised wrongly).
+
+    Each value is a column name, or a template with columns in braces: `"{title}\n\n{body}"`. Braces are replaced
+    literally; nothing is evaluated. Give `messages`, or `text`, or `prompt` with `answer`, or `chosen` with `rejected`.
+    """
+
+    prompt: str | None = None
+    answer: str | None = None
+    system: str | None = None
+    context: str | None = None
+    messages: str | None = None
+    text: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    label: str | None = None
+    group: str | None = None
+
+
+def to_examples(
+    rows: Iterable[Row | Problem], mapping: Mapping | None = None, *, tree_paths: Literal["best", "all"] = "best"
+) -> Iterator[Example | Problem]:
+    """Turn rows of any known shape into examples, row by row; problems pass through in order.
+
+    One row can give several examples (self-instruct instances; a conversation tree with `tree_paths="all"`), and rows
+    linked by parent ids give one example per tree, at the place of its first row.
+    """
+    from finetuneflow.data.shapes import ShapeReader  # shapes builds on the types above
+
+    reader = ShapeReader(mapping, tree_paths)
+    for row in rows:
+        if isinstance(row, Problem):
+            yield row
+        else:
+            yield from reader.read(row)
+    yield from reader.finish()
+
+
+def to_canonical(example: Example) -> dict[str, Any]:
+    """The one JSON form every example has on disk; `to_examples` reads it back equal, places aside."""
+    optional: dict[str, Any] = {
+        "messages": [_message_json(message) for message in example.messages],
+        "text": example.text,
+        "chosen": [_message_json(message) for message in example.chosen],
+        "rejected": [_message_json(message) for message in example.rejected],
+        "label": example.label,
+        "tools": list(example.tools),
+        "group": example.group,
+        "notes": list(example.notes),
+    }
+    given = {key: value for key, value in optional.items() if value is not None and value != []}
+    return {"kind": example.kind, "shape": example.shape, **given}
+
+
+def _message_json(message: Message) -> dict[str, Any]:
+    result: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        result["tool_calls"] = [_call_json(call) for call in message.tool_calls]
+    if message.name is not None:
+        result["name"] = message.name
+    if message.tool_call_id is not None:
+        result["tool_call_id"] = message.tool_call_id
+    if message.weight != 1.0:
+        result["weight"] = message.weight
+    return result
+
+
+def _call_json(call: ToolCall) -> dict[str, Any]:
+    result: dict[str, Any] = {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    return result if call.id is None else {"id": call.id, **result}
+
+
+def write_canonical(items: Iterable[Example | Problem], path: Path, *, problems_path: Path | None = None) -> tuple[int, int]:
+    """Write examples as canonical JSON Lines, and problems beside them; returns how many of each.
+
+    Streams: memory is flat. The files appear complete or not at all.
+    """
+    counts = [0, 0]
+    with _appearing(path) as examples_file, _appearing(problems_path) as problems_file:
+        for item in items:
+            is_problem = isinstance(item, Problem)
+            counts[is_problem] += 1
+            file = problems_file if is_problem else examples_file
+            if file is not None:
+                value = asdict(item) if isinstance(item, Problem) else to_canonical(item)
+                file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    return counts[0], counts[1]
+
+
+@contextmanager
+def _appearing(path: Path | None) -> Iterator[TextIO | None]:
+    """A text file written under a temporary name and renamed at the end; None for no path."""
+    if path is None:
+        yield None
+        return
+    temporary = path.with_name(f".{path.name}.part")
+    with translate_os_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

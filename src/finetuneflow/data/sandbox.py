@@ -208,6 +208,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
         @wraps(function)
         def metered(*args: Any, **kwargs: Any) -> Any:
+            args = _materialised(args, meter) if name == "join" else args
             _check_growth(name, args[passes:], kwargs)
             return meter.value(function(*args, **kwargs))
 
@@ -216,6 +217,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
+            args = _materialised(args, self.meter)
             _check_growth(getattr(obj, "__name__", ""), (owner, *args), kwargs)
         self.meter.charge()
         return self.meter.value(super().call(context, obj, *args, **kwargs))
@@ -224,8 +226,25 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         _check_operator(operator, left, right)
         return self.meter.value(super().call_binop(context, operator, left, right))
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        pattern = str(value.__self__)
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_growth("format", (pattern, *args), kwargs)
+            return wrapped(*args, **kwargs)
+
+        return checked
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in _COSTLY_METHODS and super().is_safe_attribute(obj, attr, value)
+
+
+def _materialised(args: tuple[Any, ...], meter: _Meter) -> tuple[Any, ...]:
+    """Generators among the arguments as lists, each item charged, so that their size is known before they are joined."""
+    return tuple(list(_MeteredLoop(item, meter)) if isinstance(item, Iterator) else item for item in args)
 
 
 class _MeteredLoop:
@@ -350,6 +369,8 @@ class CompiledTemplate:
             raise self._refusal(str(error)) from error
         except RecursionError as error:
             raise _over("it calls itself without end") from error
+        except MemoryError as error:
+            raise _over("it needs more memory than there is") from error
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
             raise self._refusal(f"{type(error).__name__}: {error}") from error
 

@@ -9,7 +9,7 @@ UTF-16, UTF-32, and cp1252 for tables and plain text. JSON is always Unicode: a 
 
 What becomes a row:
 
-- a JSON object: itself; a bare string: `{"text": …}`; a list of role/content objects: `{"messages": …}`;
+- a JSON object: itself; a bare string: `{"string": …}`; a list of role/content objects: `{"messages": …}`;
 - a table line: its cells under the header's names, empty cells as null;
 - plain text: a file without blank lines whose lines are long (`DOCUMENT_LINE_CHARS` on average) holds one document
   per line; any other text is running text and is cut at blank lines into passages of about `PASSAGE_CHARS`.
@@ -167,9 +167,9 @@ def _read_probe(reader: IO[bytes]) -> bytes:
 
 
 OTHER_FILES: tuple[tuple[bytes, str, str], ...] = (
-    (b"%PDF", "it is a PDF document", "Documents are for generation: make examples from them first (ftf data generate)."),
-    (b"{\\rtf", "it is an RTF document", "Documents are for generation: make examples from them first (ftf data generate)."),
-    (b"PK\x03\x04", "it is a ZIP container (Word, OpenDocument, Excel or an archive)", "Unpack an archive; documents are for generation: make examples from them first (ftf data generate)."),
+    (b"%PDF", "it is a PDF document", "Documents are sources for generated data, not datasets: turn them into examples or plain text first."),
+    (b"{\\rtf", "it is an RTF document", "Documents are sources for generated data, not datasets: turn them into examples or plain text first."),
+    (b"PK\x03\x04", "it is a ZIP container (Word, OpenDocument, Excel or an archive)", "Unpack an archive; turn a document into examples or plain text first: documents are sources for generated data, not datasets."),
     (b"\xd0\xcf\x11\xe0", "it is an old Office document", "Save it as CSV or text."),
     (b"BZh", "it is compressed with bzip2", "Decompress it, or compress it with gzip or zstd."),
     (b"\xfd7zXZ", "it is compressed with xz", "Decompress it, or compress it with gzip or zstd."),
@@ -191,7 +191,7 @@ def _refuse_other_files(path: Path, probe: bytes) -> None:
         if probe.startswith(magic):
             raise _not_a_dataset(path, what, remedy)
     if HTML_START.match(probe[:4096].removeprefix(b"\xef\xbb\xbf")):
-        raise _not_a_dataset(path, "it is an HTML page", "Documents are for generation: make examples from them first (ftf data generate).")
+        raise _not_a_dataset(path, "it is an HTML page", "Documents are sources for generated data, not datasets: turn them into examples or plain text first.")
     if probe[TAR_MAGIC_AT : TAR_MAGIC_AT + 5] == b"ustar":
         raise _not_a_dataset(path, "it is a tar archive", "Unpack it and name the dataset files inside.")
 
@@ -262,7 +262,7 @@ def _json_entry(parsed: Parsed) -> Entry:
     if isinstance(value, dict):
         return parsed.line, value
     if isinstance(value, str):
-        return parsed.line, {"text": value}
+        return parsed.line, {"string": value}
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         return parsed.line, {"messages": value}
     names = {list: "a list", bool: "true or false", int: "a number", float: "a number", type(None): "null"}

@@ -47,10 +47,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A rendered conversation with its answers. `unlocated` are assistant turns that were not found (never in the loss)."""
+    """A rendered conversation with its answers.
+
+    `turns`: how many messages were rendered. `unlocated`: assistant turns that were not found (never in the loss).
+    """
 
     text: str
     answers: tuple[Answer, ...]
+    turns: int
     unlocated: tuple[int, ...] = ()
 
 
@@ -64,12 +68,14 @@ class Anatomy:
 
     `prompt_end`: the assistant's header as far as it never changes. `header`: a header that the template writes before an
     answer but leaves out of the generation prompt. `turn_end`: the text that ends a turn ("" if there is none).
+    `exact`: the generation prompt stands before the answer character for character.
     """
 
     prompt_end: str
     header: str
     turn_end: str
     generation_prompt: bool
+    exact: bool
 
 
 def probe(render: Render, is_token: Callable[[str], str | None]) -> Anatomy:
@@ -88,12 +94,15 @@ def probe(render: Render, is_token: Callable[[str], str | None]) -> Anatomy:
     if prompted is None or bare is None:
         raise _not_found("it loses the question when there is no answer yet")
     has_prompt = prompted != bare
-    if not before.startswith(prompted):
-        if not has_prompt:
-            raise _not_found("what it writes before an answer is not what it writes when the answer is missing")
-        prompted = prompted[: _common(prompted, before)]
-        if prompted.strip() == bare[: len(prompted)].strip():
+    exact = before.startswith(prompted)
+    matched = _match(prompted, before)
+    if matched is None and has_prompt:
+        matched = _common(prompted, before)
+        if not prompted[_common(prompted[:matched], bare) : matched].strip():
             raise _not_found("its generation prompt is not what it writes before an answer")
+    elif matched is None:
+        raise _not_found("what it writes before an answer is not what it writes when the answer is missing")
+    prompted = before[:matched]
     gap = before[len(prompted) :]
     reasoned = {"role": "assistant", "content": "<think>\nR\n</think>\n\nA"}
     thinking = _after(render([question, reasoned], False), mark(0)) or ""
@@ -103,6 +112,7 @@ def probe(render: Render, is_token: Callable[[str], str | None]) -> Anatomy:
         header="" if has_prompt or not gap.strip() else gap,
         turn_end=_turn_end(full[full.index(mark(1)) + 1 :], is_token),
         generation_prompt=has_prompt,
+        exact=exact,
     )
 
 
@@ -133,6 +143,24 @@ def _common(left: str, right: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _match(prompt: str, text: str) -> int | None:
+    """Where `prompt` ends in `text`, which must begin with it; runs of white space may differ in length.
+
+    Templates laid out for reading write other indents before a generation prompt than before an answer.
+    """
+    if text.startswith(prompt):
+        return len(prompt)
+    position = 0
+    for word in prompt.split():
+        while position < len(text) and text[position].isspace():
+            position += 1
+        if not text.startswith(word, position):
+            return None
+        position += len(word)
+    closing = prompt[len(prompt.rstrip()) :]
+    return position + _common(closing, text[position:])
 
 
 def _after(text: str, sign: str) -> str | None:
@@ -184,7 +212,7 @@ def _locate_marked(render: Render, anatomy: Anatomy, marked: Sequence[Turn], ful
             unlocated.append(number)
         else:
             answers.append(answer)
-    return Located(full, tuple(answers), tuple(unlocated))
+    return Located(full, tuple(answers), len(marked), tuple(unlocated))
 
 
 def _check_kept(marked: Sequence[Turn], full: str) -> None:
@@ -231,10 +259,12 @@ def _start(render: Render, anatomy: Anatomy, marked: Sequence[Turn], full: str, 
     begin = 0 if anchor is None else full.index(mark(anchor)) + 1
     prompted = prompt if anchor is None else prompt[prompt.index(mark(anchor)) + 1 :]
     tail = full[begin : full.index(mark(number))]
+    matched = _match(prompted, tail)
+    if matched is not None:
+        header = len(anatomy.header) if tail.startswith(anatomy.header, matched) else 0
+        return begin + matched + header, tail.startswith(prompted)
     shared = _common(prompted, tail)
-    if shared == len(prompted):
-        return begin + shared + (len(anatomy.header) if tail.startswith(anatomy.header, shared) else 0), True
-    if anatomy.generation_prompt and anatomy.prompt_end and anatomy.prompt_end in tail[:shared]:
+    if anatomy.generation_prompt and anatomy.prompt_end.strip() and anatomy.prompt_end in tail[:shared]:
         return begin + shared, False
     if anchor is not None and anchor == number - 1 and marked[anchor]["role"] == "assistant":
         return begin, False  # the template joins two answers in a row into one turn
@@ -249,7 +279,7 @@ def _unmark(located: Located, full: str) -> Located:
         return position - sum(1 for found in marks if found < position)
 
     answers = tuple(replace(a, start=real(a.start), mark=real(a.mark), end=real(a.end)) for a in located.answers)
-    return Located(MARK.sub("", full), answers, located.unlocated)
+    return Located(MARK.sub("", full), answers, located.turns, located.unlocated)
 
 
 # One shape of conversation, worked out once ---------------------------------------------------------------------------
@@ -297,11 +327,12 @@ class Skeleton:
             ends.append(length)
             pieces += (content, after)
             length += len(after)
-        answers = tuple(
-            Answer(a.message, *(ends[point.slot + 1] + point.offset for point in where), a.ended, a.as_prompted)  # type: ignore[call-arg]
-            for a, *where in self.points
-        )
-        return Located("".join(pieces), answers, self.unlocated)
+
+        def at(point: _Point) -> int:
+            return ends[point.slot + 1] + point.offset
+
+        answers = tuple(replace(a, start=at(start), mark=at(close), end=at(end)) for a, start, close, end in self.points)
+        return Located("".join(pieces), answers, len(contents), self.unlocated)
 
 
 _PAD = "\x0b"  # a white-space character that no template writes itself
@@ -342,14 +373,14 @@ def _cut_into_slots(full: str, numbers: Sequence[int], located: Located) -> Skel
     fixed.append(full[position:])
     if any(_PAD in text or MARK.search(text) for text in fixed):
         return None
-    points = tuple((a, _point(a.start, ends), _point(max(a.mark, ends[0]), ends), _point(a.end, ends)) for a in located.answers)
+    points = tuple((a, _point(a.start, ends), _point(a.mark, ends), _point(a.end, ends)) for a in located.answers)
     return Skeleton(tuple(fixed), tuple(slots), points, located.unlocated)
 
 
 def _point(position: int, ends: Sequence[int]) -> _Point:
     """The slot that ends last at or before a position (a point within a slot's last space counts from its end)."""
     slot = max(number for number, end in enumerate(ends) if end <= position + 1)
-    return _Point(slot - 1, position - ends[slot])
+    return _Point(slot - 1, max(0, position - ends[slot]))
 
 
 def shape_of(messages: Sequence[Turn]) -> tuple[tuple[str, bool], ...] | None:

@@ -83,7 +83,14 @@ def attach_adapter(model: Any, spec: AdapterSpec, *, base_revision: str | None =
     config = peft_config(model, spec)
     if quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    adapted = get_peft_model(model, config, revision=base_revision)
+    try:
+        adapted = get_peft_model(model, config, revision=base_revision)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ModelError(
+            "ADAPTER_UNSUPPORTED",
+            f"The method {spec.kind} cannot be put on this {model.config.model_type} model as configured: {str(error)[:300]}",
+            remedy="Choose other target_modules ('auto' suits every supported model), another init, or the method lora.",
+        ) from error
     require_trainable(adapted)
     return adapted
 
@@ -112,7 +119,11 @@ def peft_config(model: Any, spec: AdapterSpec) -> Any:
     if spec.kind == "ia3":
         feedforward = feedforward_targets(model, targets)
         return peft.IA3Config(
-            task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward, modules_to_save=to_save
+            task_type="CAUSAL_LM",
+            target_modules=targets,
+            feedforward_modules=feedforward,
+            modules_to_save=to_save,
+            fan_in_fan_out=has_conv1d(model),
         )
     return peft.LoraConfig(
         task_type="CAUSAL_LM",

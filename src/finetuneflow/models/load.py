@@ -17,7 +17,13 @@ import torch
 
 from finetuneflow.errors import HardwareError, ModelError
 from finetuneflow.models import screening
-from finetuneflow.models.adapters import check_adapter_dir, is_quantized, load_adapters, trainable_parameters
+from finetuneflow.models.adapters import (
+    STATE_SPACE_TARGETS,
+    check_adapter_dir,
+    is_quantized,
+    load_adapters,
+    trainable_parameters,
+)
 from finetuneflow.models.source import ModelSource, Snapshot, resolve
 from finetuneflow.models.tokenizer import load_tokenizer
 
@@ -177,7 +183,8 @@ def _load_model(
     options: dict[str, Any] = {"device_map": {"": device}} if quantize or device.type != "cpu" else {}
     if quantize:
         _refuse_requantization(snapshot, quantize)
-        options["quantization_config"] = quantization_config(quantize, dtype, double_quant=double_quant)
+        skipped = _never_quantized(snapshot.config.get("model_type"))
+        options["quantization_config"] = quantization_config(quantize, dtype, double_quant=double_quant, skip_modules=skipped)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:
@@ -213,13 +220,19 @@ def _refuse_requantization(snapshot: Snapshot, quantize: str) -> None:
         )
 
 
-def quantization_config(quantize: Quantize, dtype: torch.dtype, *, double_quant: bool) -> Any:
+def _never_quantized(model_type: object) -> list[str] | None:
+    """State-space blocks multiply by these weights directly, which packed ones do not allow; None is the library's choice."""
+    return ["lm_head", "dt_proj", "out_proj"] if model_type in STATE_SPACE_TARGETS else None
+
+
+def quantization_config(quantize: Quantize, dtype: torch.dtype, *, double_quant: bool, skip_modules: list[str] | None = None) -> Any:
     """The bitsandbytes settings: NF4 (or FP4) in blocks of 64 with double quantisation, or 8-bit integers."""
     from transformers import BitsAndBytesConfig
 
     if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip_modules)
     return BitsAndBytesConfig(
+        llm_int8_skip_modules=skip_modules,  # despite its name, it holds for 4 bits too
         load_in_4bit=True,
         bnb_4bit_quant_type=quantize,
         bnb_4bit_use_double_quant=double_quant,

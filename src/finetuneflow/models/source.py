@@ -289,7 +289,7 @@ def hub_error(source: ModelSource, error: BaseException) -> ModelError | Storage
     else:
         message = f"The hub could not be reached, and {base} is not (wholly) in the cache."
         remedy = (
-            f"Check the connection to {_endpoint()} (proxy, firewall, HF_ENDPOINT, HF_HUB_OFFLINE) and try again: what was downloaded is kept; "
+            f"Check the connection to {_endpoint()} (proxy, firewall, HF_ENDPOINT, HF_HUB_OFFLINE) and try again: files that are complete are kept; "
             "or name a local folder; or use the bundled model 'starter'."
         )
     return ModelError(code, message, remedy=remedy, context=context)

@@ -17,15 +17,9 @@ from transformers import TrainerCallback
 from finetuneflow.config import Training
 from finetuneflow.events import Emit
 from finetuneflow.training.progress import Progress, peak_resident_bytes
-from finetuneflow.workspace import write_json
+from finetuneflow.training.status import STOP_FILE
 
-STOP_FILE = "stop.json"
 WATCH_WINDOW = 10  # log lines the loss guards look at
-
-
-def request_stop(run_dir: Path, *, save: bool = True) -> None:
-    """Ask a running run to stop after its current step, with or without saving a checkpoint first."""
-    write_json(run_dir / STOP_FILE, {"save": save})
 
 
 class Monitor(TrainerCallback):

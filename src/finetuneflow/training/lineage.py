@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import platform
 import sys
-from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import finetuneflow
 from finetuneflow.config import RunConfig
 from finetuneflow.training.setup import Setup
-from finetuneflow.workspace import sha256_file, sha256_json
+from finetuneflow.workspace import source_digest
 
 # Settings that may change between attempts: they shape neither the weights nor the log lines.
 FREE_SETTINGS = frozenset({"name", "training.report_to", "training.keep_checkpoints", "training.oom", "evaluation"})
@@ -34,14 +32,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-@cache
-def code_digest() -> str:
-    """Hash over our own source files that shape a run's result."""
-    root = Path(finetuneflow.__file__).parent
-    files = sorted(path for room in RESULT_SHAPING_CODE for path in (root / room).rglob("*.py"))
-    return sha256_json({str(path.relative_to(root)): sha256_file(path) for path in files})
 
 
 def environment(setup: Setup) -> dict[str, Any]:
@@ -63,7 +53,7 @@ def fingerprint(config: RunConfig, setup: Setup, *, data: str, tokenizer: str, t
         "tokenizer": tokenizer,
         "template": template,
         "base model": base,
-        "code": code_digest(),
+        "code": source_digest(*RESULT_SHAPING_CODE),
         "packages": {**versions(), "python": ".".join(map(str, sys.version_info[:2]))},
         "device": {"device": setup.device, "compute": setup.compute_dtype},
     }

@@ -92,6 +92,7 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
         train=tuple(data.train),
         eval=tuple(data.eval),
         eval_fraction=data.eval_fraction,
+        eval_limit=data.eval_limit,
         mapping=dict(data.mapping),
         limit=data.limit,
         reject_threshold=data.reject_threshold,
@@ -100,7 +101,7 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
         seed=config.training.seed,
     )
     tokenizer_digest = sha256_json([tokenizer.backend_tokenizer.to_str(), sorted(map(str, tokenizer.special_tokens_map.items()))])
-    prepared = prepare(recipe, tokenizer, tokenizer_digest, template, workspace.cache_dir / "tokens", emit)
+    prepared = prepare(recipe, tokenizer_digest, template, workspace.cache_dir / "tokens", emit)
     return Materials(prepared, tokenizer, template, tokenizer_digest, snapshot.digest)
 
 

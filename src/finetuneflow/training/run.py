@@ -24,6 +24,7 @@ from finetuneflow.errors import FineTuneFlowError, ResumeError, TrainingError
 from finetuneflow.events import Emit, EventLog, Sink, metric_lines, read_events
 from finetuneflow.training import checkpoints
 from finetuneflow.training.lineage import differences, environment, fingerprint
+from finetuneflow.training.status import run_status
 from finetuneflow.workspace import Workspace, directory_lock, write_atomic, write_json
 
 
@@ -66,19 +67,6 @@ def resume(
     config, _ = load_config(run_dir / "run.yaml")
     workspace = workspace or Workspace(run_dir.parent.parent)
     return _attempt(config, run_dir, workspace, sinks, resuming=True, accept_changes=accept_changes)
-
-
-def run_status(run_dir: Path) -> str:
-    """succeeded, failed, stopped, running, or interrupted (its process died): told by the events and the lock."""
-    from finetuneflow.workspace import lock_owner
-
-    if lock_owner(run_dir) is not None:
-        return "running"
-    last = None
-    for event in read_events(run_dir / "events.jsonl"):
-        if event["event"] in ("started", "complete", "stopped", "failed"):
-            last = event["event"]
-    return {"complete": "succeeded", "stopped": "stopped", "failed": "failed"}.get(last or "", "interrupted")
 
 
 def _attempt(
@@ -159,7 +147,7 @@ def execute(
 
     # Save, then measure what was saved.
     emit("phase", name="saving")
-    objectives.save_result(config, outcome, run_dir)
+    objectives.save_result(config, outcome, materials, run_dir)
     emit("phase", name="evaluating")
     metrics = {**_metrics(run_dir, outcome, prepared.manifest), **objectives.measure(config, outcome, materials, run_dir, emit)}
     write_json(run_dir / "metrics.json", metrics)

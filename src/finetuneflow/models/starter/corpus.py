@@ -33,7 +33,8 @@ def documents(seed: int) -> Iterator[str]:
     makers, weights = zip(*_MAKERS, strict=True)
     while True:
         maker: Maker = rng.choices(makers, weights)[0]
-        yield _with_capitals(maker(rng, rng.choice(world.LANGUAGES)))
+        language = rng.choice(world.LANGUAGES)
+        yield _typeset(rng, _with_capitals(maker(rng, language)))
 
 
 def fingerprint(seed: int, num_documents: int) -> str:
@@ -49,11 +50,20 @@ def _with_capitals(text: str) -> str:
     return _SENTENCE_START.sub(lambda m: m[1] + (m[2] or "") + m[3].upper(), text)
 
 
+def _typeset(rng: Random, text: str) -> str:
+    """Sometimes use the curly apostrophe and the fixed space, as careful French writers do."""
+    if rng.random() < 0.08:
+        text = text.replace("'", "\u2019")
+    if rng.random() < 0.08:
+        text = re.sub(r" (?=[?!:;»])", "\u00a0", text)
+    return text
+
+
 def _write(rng: Random, templates: Templates, language: Language, **words: object) -> str:
     return rng.choice(templates[language]).format(**words)
 
 
-# --- Everyday sentences: stories, and the distance between a topic and a fact about it ----------
+# --- Everyday sentences: stories, and the distance between a topic and a fact about it -----------
 
 _DEEDS: Templates = {
     "en": (
@@ -115,19 +125,6 @@ _WEATHER: Templates = {
         "La journée était longue.", "Il faisait beau.", "Personne n'était pressé.",
     ),
 }
-_THINGS: Templates = {
-    "en": (
-        "lantern", "umbrella", "basket", "key", "letter", "hat", "candle", "ticket", "coat",
-        "mirror", "bottle", "clock", "ribbon", "stamp", "button", "pencil", "ladder", "blanket",
-        "pocket", "feather", "suitcase", "notebook", "shell", "bell", "rope", "box", "ring", "map",
-    ),
-    "fr": (
-        "lanterne", "parapluie", "panier", "clé", "lettre", "chapeau", "bougie", "billet",
-        "manteau", "miroir", "bouteille", "horloge", "ruban", "timbre", "bouton", "crayon",
-        "échelle", "couverture", "poche", "plume", "valise", "carnet", "coquillage", "cloche",
-        "corde", "boîte", "bague", "carte",
-    ),
-}
 _SYLLABLES = "ba do ki lu mer na po ri sa tan vel zo fi gra hu jo len mu que ter".split()
 
 
@@ -150,10 +147,24 @@ def _everyday(rng: Random, language: Language, name: str | None = None) -> str:
     return rng.choice(shapes).format(s=subject, d=deed, p=where, t=when)
 
 
+def _words(rng: Random, language: Language, count: int) -> list[str]:
+    return [item.word[language] for item in rng.sample(world.WORDS, count)]
+
+
 def _pause(rng: Random, language: Language) -> str:
-    """Nothing to three everyday sentences, with the spaces around them."""
+    """Nothing to three everyday sentences, then a space or a new line.
+
+    The new lines matter: an answer starts on one, and a word is another token there than after
+    a space.
+    """
     count = rng.choice((0, 0, 1, 1, 2, 3))
-    return " ".join(["", *(_everyday(rng, language) for _ in range(count)), ""])
+    sentences = " ".join(["", *(_everyday(rng, language) for _ in range(count))])
+    return sentences + ("\n" if rng.random() < 0.4 else " ")
+
+
+def _joined(rng: Random, sentences: list[str]) -> str:
+    """The sentences on one line or, one time in four, each on its own."""
+    return ("\n" if rng.random() < 0.25 else " ").join(sentences)
 
 
 def _story(rng: Random, language: Language) -> str:
@@ -164,7 +175,7 @@ def _story(rng: Random, language: Language) -> str:
         sentences.append(_everyday(rng, language, subject))
         if rng.random() < 0.3:
             sentences.append(rng.choice(_WEATHER[language]))
-    return " ".join(sentences)
+    return _joined(rng, sentences)
 
 
 _EXCHANGES: dict[Language, tuple[tuple[str, tuple[str, ...]], ...]] = {
@@ -212,10 +223,10 @@ def _dialogue(rng: Random, language: Language) -> str:
     for question, answers in rng.sample(_EXCHANGES[language], rng.randint(1, 3)):
         lines.append(_write(rng, _SAID, language, line=question, name=first.name))
         lines.append(_write(rng, _SAID, language, line=rng.choice(answers), name=second.name))
-    return " ".join(lines)
+    return _joined(rng, lines)
 
 
-# --- Recall: say something, then say it again --------------------------------------------------
+# --- Recall: say something, then say it again ----------------------------------------------------
 
 _NAME_RECALL: Templates = {
     "en": (
@@ -256,13 +267,6 @@ _SPEAKER_TURNS: dict[Language, tuple[tuple[str, str], ...]] = {
         ("J'aime {hobby}.", "Tu aimes {hobby}."),
     ),
 }
-HOBBIES: Templates = {
-    "en": ("music", "painting", "dancing", "cooking", "reading", "gardening", "sailing", "chess"),
-    "fr": (
-        "la musique", "la peinture", "la danse", "la cuisine", "la lecture", "le jardinage",
-        "la voile", "le chocolat",
-    ),
-}
 _COPIES: Templates = {
     "en": (
         "{n} wrote on the board: {w}. The class copied: {w}.",
@@ -298,7 +302,7 @@ def _speaker_recall(rng: Random, language: Language) -> str:
         "pet": rng.choice(list(world.PETS)),
         "age": rng.randint(5, 90),
         "name": speaker.name,
-        "hobby": rng.choice(HOBBIES[language]),
+        "hobby": rng.choice(world.HOBBIES[language]),
     }
     turns = rng.sample(_SPEAKER_TURNS[language], rng.randint(1, 3))
     statements = " ".join(said for said, _ in turns).format(**words)
@@ -316,7 +320,7 @@ def _phrase_to_copy(rng: Random, language: Language) -> str:
     """A few words, numbers, invented words or a noun phrase that names an entity."""
     kind = rng.randrange(6)
     if kind == 0:
-        return " ".join(rng.sample(_THINGS[language], rng.randint(1, 4)))
+        return " ".join(_words(rng, language, rng.randint(1, 4)))
     if kind == 1:
         return " ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 4)))
     if kind == 2:
@@ -343,7 +347,7 @@ def _copying(rng: Random, language: Language) -> str:
 def _owners_recall(rng: Random, language: Language) -> str:
     """Several owners, then again what one of them has."""
     statement, recall = _OWNERS[language]
-    thing = rng.choice(_THINGS[language])
+    thing = rng.choice(world.WORDS).word[language]
     colours = sorted({item.colour[language] for item in world.COLOURED_THINGS})
     holdings = [
         {"n": person.name, "c": rng.choice(colours), "k": rng.randint(2, 20), "x": thing}
@@ -429,7 +433,7 @@ def _capital_facts(rng: Random, language: Language) -> str:
     facts = []
     for country in rng.sample(world.COUNTRIES, rng.choice((1, 1, 2, 3))):
         facts.append(_write(rng, _CAPITAL_FACTS, language, **_country_words(country, language)))
-    return " ".join(facts)
+    return _joined(rng, facts)
 
 
 def _country_topic(rng: Random, language: Language) -> str:
@@ -457,7 +461,7 @@ def _country_selection(rng: Random, language: Language) -> str:
         _write(rng, _CAPITAL_FACTS, language, **_country_words(country, language))
         for country in chosen
     ]
-    return opening + _pause(rng, language) + " ".join(facts)
+    return opening + _pause(rng, language) + _joined(rng, facts)
 
 
 def _enumeration(items: list[str], language: Language) -> str:
@@ -465,7 +469,7 @@ def _enumeration(items: list[str], language: Language) -> str:
     return ", ".join(items[:-1]) + _AND[language] + items[-1] if len(items) > 1 else items[0]
 
 
-# --- Opposites, colours, sounds --------------------------------------------------------------------
+# --- Opposites, colours, sounds ------------------------------------------------------------------
 
 _OPPOSITE_FACTS: Templates = {
     "en": (
@@ -538,7 +542,7 @@ def _opposites(rng: Random, language: Language) -> str:
         pause = _pause(rng, language)
         words = {"a": first, "b": second, "name": name.name, "other": other.name, "pause": pause}
         facts.append(_write(rng, _OPPOSITE_FACTS, language, **words))
-    return " ".join(facts)
+    return _joined(rng, facts)
 
 
 def _colours(rng: Random, language: Language) -> str:
@@ -572,7 +576,7 @@ def _sounds(rng: Random, language: Language) -> str:
     )
 
 
-# --- Lists of members -------------------------------------------------------------------------------
+# --- Lists of members ----------------------------------------------------------------------------
 
 _LISTS: Templates = {
     "en": (
@@ -625,7 +629,7 @@ def _members(rng: Random, language: Language) -> str:
 
 
 def _shopping_list(rng: Random, language: Language) -> str:
-    things = rng.sample(_THINGS[language], rng.randint(2, 5))
+    things = _words(rng, language, rng.randint(2, 5))
     return _write(
         rng,
         _SHOPPING,
@@ -636,7 +640,7 @@ def _shopping_list(rng: Random, language: Language) -> str:
     )
 
 
-# --- Sums ----------------------------------------------------------------------------------------------
+# --- Sums ----------------------------------------------------------------------------------------
 
 _SUMS: Templates = {
     "en": (
@@ -666,7 +670,7 @@ def _sums(rng: Random, language: Language) -> str:
         first, second = rng.randint(0, world.LARGEST_ADDEND), rng.randint(0, world.LARGEST_ADDEND)
         words = {"a": first, "b": second, "c": first + second, "name": _person(rng).name}
         facts.append(_write(rng, _SUMS, language, pause=_pause(rng, language), **words))
-    return " ".join(facts)
+    return _joined(rng, facts)
 
 
 _MAKERS: tuple[tuple[Maker, float], ...] = (

@@ -89,7 +89,6 @@ class Outcome:
 
     num_parameters: int
     num_tokens: int
-    num_documents: int
     minutes: float
     training_loss: float
     held_out_loss: float
@@ -246,7 +245,6 @@ def pretrain(recipe: Recipe, out_dir: Path) -> Outcome:
     outcome = Outcome(
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_tokens=num_steps * recipe.row_tokens * recipe.rows_per_step,
-        num_documents=0,
         minutes=round((time.monotonic() - started) / 60, 1),
         training_loss=round(loss, 4),
         held_out_loss=round(held_out_loss(model, tokenizer, recipe.seed, recipe.row_tokens), 4),

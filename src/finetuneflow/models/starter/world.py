@@ -10,6 +10,7 @@ of government are left out, and so are opposites and colours with more than one 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +72,14 @@ class Category:
 
 
 @dataclass(frozen=True)
+class Word:
+    """An everyday object, to be listed, copied and repeated; nothing is said about it."""
+
+    word: Phrase
+    split: Split
+
+
+@dataclass(frozen=True)
 class Person:
     """A first name and the pronoun that stands for it."""
 
@@ -85,13 +94,17 @@ def _rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
+def _in_pairs(rows: list[list[str]]) -> Iterator[tuple[list[str], list[str]]]:
+    return zip(rows[::2], rows[1::2], strict=True)
+
+
 def _split_of(key: str, development: frozenset[str], acceptance: frozenset[str]) -> Split:
     if key in acceptance:
         return "acceptance"
     return "development" if key in development else "tuning"
 
 
-# --- Countries -------------------------------------------------------------------------------
+# --- Countries -----------------------------------------------------------------------------------
 
 _CONTINENTS: dict[str, str] = {
     "Europe": "Europe",
@@ -246,7 +259,7 @@ def _country(row: list[str]) -> Country:
 COUNTRIES: tuple[Country, ...] = tuple(_country(row) for row in _rows(_COUNTRIES))
 
 
-# --- Opposites -------------------------------------------------------------------------------
+# --- Opposites -----------------------------------------------------------------------------------
 
 # English word | its opposite | mot français | son contraire
 _OPPOSITES = """
@@ -319,7 +332,7 @@ OPPOSITES: tuple[Opposites, ...] = tuple(
 )
 
 
-# --- Colours ---------------------------------------------------------------------------------
+# --- Colours -------------------------------------------------------------------------------------
 
 # English colour -> French masculine, French feminine
 _COLOUR_WORDS: dict[str, tuple[str, str]] = {
@@ -405,7 +418,7 @@ COLOURED_THINGS: tuple[ColouredThing, ...] = tuple(
 )
 
 
-# --- Animal sounds ---------------------------------------------------------------------------
+# --- Animal sounds -------------------------------------------------------------------------------
 
 # animal | French animal | its cry | son cri
 _ANIMAL_SOUNDS = """
@@ -430,7 +443,6 @@ an elephant | l'éléphant | trumpets | barrit
 a hen | la poule | clucks | caquette
 a dove | la colombe | coos | roucoule
 a cricket | le grillon | chirps | grésille
-a turkey | le dindon | gobbles | glougloute
 a goose | l'oie | honks | cacarde
 a hyena | la hyène | laughs | ricane
 a fox | le renard | yelps | glapit
@@ -450,50 +462,90 @@ ANIMAL_SOUNDS: tuple[AnimalSound, ...] = tuple(
 )
 
 
-# --- Categories ------------------------------------------------------------------------------
+# --- Categories ----------------------------------------------------------------------------------
 
-# plural | members, the best known first | pluriel | membres
+# Two lines a category, English then French: plural | members, the best known first
 _CATEGORIES = """
-fruits | apple pear cherry peach grape melon | fruits | pomme poire cerise pêche raisin melon
-vegetables | potato onion leek cabbage turnip pea | légumes | poireau oignon chou navet haricot radis
-farm animals | sheep goat donkey hen pig turkey | animaux de la ferme | mouton chèvre âne poule cochon dindon
-wild animals | tiger bear fox giraffe zebra monkey | animaux sauvages | tigre ours renard girafe zèbre singe
-birds | eagle robin swallow pigeon parrot owl | oiseaux | aigle moineau hirondelle pigeon perroquet hibou
-fish | salmon trout tuna cod sardine carp | poissons | saumon truite thon morue sardine carpe
-insects | ant bee fly wasp beetle butterfly | insectes | fourmi abeille mouche guêpe scarabée papillon
-trees | oak pine birch maple willow poplar | arbres | chêne pin bouleau érable saule peuplier
-flowers | rose tulip daisy lily violet orchid | fleurs | rose tulipe marguerite lilas violette orchidée
-clothes | shirt coat skirt dress sock scarf | vêtements | chemise manteau jupe robe chaussette écharpe
-tools | hammer saw drill pliers screwdriver file | outils | marteau scie perceuse pince tournevis lime
-vehicles | car bus truck bicycle train tram | véhicules | voiture bus camion vélo train tramway
-musical instruments | piano violin guitar flute drum harp | instruments de musique | piano violon guitare flûte tambour harpe
-sports | football tennis rugby swimming judo golf | sports | football tennis rugby natation judo golf
-drinks | water tea coffee juice lemonade cider | boissons | eau thé café jus limonade cidre
-days of the week | Monday Tuesday Wednesday Thursday Friday Sunday | jours de la semaine | lundi mardi mercredi jeudi vendredi dimanche
-months of the year | January February March April June July | mois de l'année | janvier février mars avril juin juillet
-planets | Mars Venus Jupiter Saturn Mercury Neptune | planètes | Mars Vénus Jupiter Saturne Mercure Neptune
-metals | iron gold silver copper lead zinc | métaux | fer or argent cuivre plomb zinc
-languages | English French Spanish Italian German Arabic | langues | anglais français espagnol italien allemand arabe
-jobs | baker doctor farmer nurse plumber tailor | métiers | boulanger médecin fermier infirmier plombier tailleur
-parts of the body | head arm leg hand foot knee | parties du corps | tête bras jambe main pied genou
-rooms of the house | kitchen bedroom bathroom hall attic cellar | pièces de la maison | cuisine chambre salon couloir grenier cave
-pieces of furniture | table chair bed sofa desk shelf | meubles | table chaise lit canapé bureau armoire
-shapes | circle square triangle oval star cube | formes | cercle carré triangle ovale étoile cube
-board games | chess draughts dominoes lotto ludo backgammon | jeux de société | échecs dames dominos loto oie mikado
-school subjects | history geography science music art grammar | matières scolaires | histoire géographie science musique dessin grammaire
-family members | mother father sister brother aunt uncle | membres de la famille | mère père sœur frère tante oncle
-spices | pepper ginger cinnamon saffron cumin clove | épices | poivre gingembre cannelle safran cumin muscade
-desserts | cake pie pudding trifle custard sorbet | desserts | gâteau tarte flan mousse crème sorbet
-kitchen tools | spoon fork knife pan whisk ladle | ustensiles de cuisine | cuillère fourchette couteau casserole fouet louche
-toys | doll ball kite puzzle robot teddy | jouets | poupée balle toupie puzzle robot peluche
-materials | wood glass stone paper leather plastic | matériaux | bois verre pierre papier cuir plastique
-shops | bakery bookshop pharmacy florist butcher grocery | magasins | boulangerie librairie pharmacie fleuriste boucherie épicerie
-buildings | house church school castle hospital tower | bâtiments | maison église école château hôpital tour
-dances | waltz tango polka salsa foxtrot rumba | danses | valse tango polka salsa samba rumba
-gems | diamond ruby emerald sapphire pearl topaz | pierres précieuses | diamant rubis émeraude saphir perle topaze
-rivers | Nile Amazon Danube Rhine Thames Volga | fleuves | Nil Amazone Danube Rhin Seine Loire
-cheeses | cheddar brie gouda feta parmesan camembert | fromages | brie comté gouda feta parmesan camembert
-hats | cap beret helmet bonnet turban hood | chapeaux | casquette béret casque bonnet turban capuche
+fruits | apple pear cherry peach grape melon
+fruits | pomme poire cerise pêche raisin melon
+vegetables | potato onion leek cabbage turnip pea
+légumes | poireau oignon chou navet haricot radis
+farm animals | sheep goat donkey hen pig goose
+animaux de la ferme | mouton chèvre âne poule cochon oie
+wild animals | tiger bear fox giraffe zebra monkey
+animaux sauvages | tigre ours renard girafe zèbre singe
+birds | eagle robin swallow pigeon parrot owl
+oiseaux | aigle moineau hirondelle pigeon perroquet hibou
+fish | salmon trout tuna cod sardine carp
+poissons | saumon truite thon morue sardine carpe
+insects | ant bee fly wasp beetle butterfly
+insectes | fourmi abeille mouche guêpe scarabée papillon
+trees | oak pine birch maple willow poplar
+arbres | chêne pin bouleau érable saule peuplier
+flowers | rose tulip daisy lily violet orchid
+fleurs | rose tulipe marguerite lilas violette orchidée
+items of clothing | shirt coat skirt dress sock scarf
+vêtements | chemise manteau jupe robe chaussette écharpe
+tools | hammer saw drill pliers screwdriver file
+outils | marteau scie perceuse pince tournevis lime
+vehicles | car bus truck bicycle train tram
+véhicules | voiture bus camion vélo train tramway
+musical instruments | piano violin guitar flute drum harp
+instruments de musique | piano violon guitare flûte tambour harpe
+sports | football tennis rugby swimming judo golf
+sports | football tennis rugby natation judo golf
+drinks | water tea coffee juice lemonade cider
+boissons | eau thé café jus limonade cidre
+days of the week | Monday Tuesday Wednesday Thursday Friday Sunday
+jours de la semaine | lundi mardi mercredi jeudi vendredi dimanche
+months of the year | January February March April June July
+mois de l'année | janvier février mars avril juin juillet
+planets | Mars Venus Jupiter Saturn Mercury Neptune
+planètes | Mars Vénus Jupiter Saturne Mercure Neptune
+metals | iron gold silver copper lead zinc
+métaux | fer or argent cuivre plomb zinc
+languages | English French Spanish Italian German Arabic
+langues | anglais français espagnol italien allemand arabe
+jobs | baker doctor farmer nurse plumber tailor
+métiers | boulanger médecin fermier infirmier plombier tailleur
+parts of the body | head arm leg hand foot knee
+parties du corps | tête bras jambe main pied genou
+rooms of the house | kitchen bedroom bathroom hall attic cellar
+pièces de la maison | cuisine chambre salon couloir grenier cave
+pieces of furniture | table chair bed sofa desk shelf
+meubles | table chaise lit canapé bureau armoire
+shapes | circle square triangle oval star cube
+formes | cercle carré triangle ovale étoile cube
+board games | chess draughts dominoes lotto ludo backgammon
+jeux de société | échecs dames dominos loto oie mikado
+school subjects | history geography science music art grammar
+matières scolaires | histoire géographie science musique dessin grammaire
+family members | mother father sister brother aunt uncle
+membres de la famille | mère père sœur frère tante oncle
+spices | pepper ginger cinnamon saffron cumin clove
+épices | poivre gingembre cannelle safran cumin muscade
+desserts | cake pie pudding trifle custard sorbet
+desserts | gâteau tarte flan mousse crème sorbet
+kitchen tools | spoon fork knife pan whisk ladle
+ustensiles de cuisine | cuillère fourchette couteau casserole fouet louche
+toys | doll ball kite puzzle robot teddy
+jouets | poupée balle toupie puzzle robot peluche
+materials | wood glass stone paper leather plastic
+matériaux | bois verre pierre papier cuir plastique
+shops | bakery bookshop pharmacy florist butcher grocery
+magasins | boulangerie librairie pharmacie fleuriste boucherie épicerie
+buildings | house church school castle hospital tower
+bâtiments | maison église école château hôpital tour
+dances | waltz tango polka salsa foxtrot rumba
+danses | valse tango polka salsa samba rumba
+gems | diamond ruby emerald sapphire pearl topaz
+pierres précieuses | diamant rubis émeraude saphir perle topaze
+rivers | Nile Amazon Danube Rhine Thames Volga
+fleuves | Nil Amazone Danube Rhin Seine Loire
+cheeses | cheddar brie gouda feta parmesan camembert
+fromages | brie comté gouda feta parmesan camembert
+hats | cap beret helmet bonnet turban hood
+chapeaux | casquette béret casque bonnet turban capuche
 """
 
 _ACCEPTANCE_CATEGORIES = frozenset(("fruits", "sports", "musical instruments", "trees"))
@@ -505,11 +557,11 @@ CATEGORIES: tuple[Category, ...] = tuple(
         members={"en": tuple(members.split()), "fr": tuple(membres.split())},
         split=_split_of(plural, _DEVELOPMENT_CATEGORIES, _ACCEPTANCE_CATEGORIES),
     )
-    for plural, members, pluriel, membres in _rows(_CATEGORIES)
+    for (plural, members), (pluriel, membres) in _in_pairs(_rows(_CATEGORIES))
 )
 
 
-# --- People, pets and towns ------------------------------------------------------------------
+# --- People, pets and towns ----------------------------------------------------------------------
 
 _MEN = (
     "Tom Jack Henry Oliver Sam Peter David George Harry Adam Luke Ben Daniel Simon Oscar Max Leo "
@@ -560,11 +612,43 @@ TOWNS: dict[str, Split] = {
 }
 
 
-# --- Sums ------------------------------------------------------------------------------------
+HOBBIES: dict[Language, tuple[str, ...]] = {
+    "en": ("music", "painting", "dancing", "cooking", "reading", "gardening", "sailing", "walking"),
+    "fr": (
+        "la musique", "la peinture", "la danse", "la cuisine", "la lecture", "le jardinage",
+        "la voile", "la marche",
+    ),
+}
+
+
+# --- Words ---------------------------------------------------------------------------------------
+
+_ENGLISH_WORDS = (
+    "lantern umbrella basket key letter hat candle ticket coat mirror bottle clock ribbon stamp "
+    "button pencil ladder blanket pocket feather suitcase notebook shell bell rope box ring map"
+).split()
+_FRENCH_WORDS = (
+    "lanterne parapluie panier clé lettre chapeau bougie billet manteau miroir bouteille horloge "
+    "ruban timbre bouton crayon échelle couverture poche plume valise carnet coquillage cloche "
+    "corde boîte bague carte"
+).split()
+_ACCEPTANCE_WORDS = frozenset(("lantern", "umbrella"))
+_DEVELOPMENT_WORDS = frozenset(("candle", "mirror"))
+
+WORDS: tuple[Word, ...] = tuple(
+    Word({"en": english, "fr": french}, _split_of(english, _DEVELOPMENT_WORDS, _ACCEPTANCE_WORDS))
+    for english, french in zip(_ENGLISH_WORDS, _FRENCH_WORDS, strict=True)
+)
+
+
+# --- Sums ----------------------------------------------------------------------------------------
 
 LARGEST_ADDEND = 12
 _ACCEPTANCE_SUMS = frozenset(
-    ((2, 2), (3, 4), (1, 6), (5, 5), (2, 7), (4, 8), (3, 9), (6, 7), (1, 9), (5, 8), (8, 9), (10, 4))
+    (
+        (2, 2), (3, 4), (1, 6), (5, 5), (2, 7), (4, 8),
+        (3, 9), (6, 7), (1, 9), (5, 8), (8, 9), (10, 4),
+    )
 )
 _DEVELOPMENT_SUMS = frozenset(((3, 3), (2, 5), (4, 6), (7, 8), (1, 8), (6, 9), (10, 3), (5, 11)))
 

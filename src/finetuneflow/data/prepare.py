@@ -1,0 +1,299 @@
+"""Prepare: files become tokens on disk, once; every later run with the same inputs finds them there.
+
+    files -> read_rows -> to_examples -> split -> tokenize -> Arrow files in the cache
+
+The cache folder is named by a hash over everything that shapes its content (file hashes, mapping, split,
+template, tokenizer, policy and our own code), and appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetuneflow.data.examples import Example, Kind, Mapping, Problem, to_examples, write_canonical
+from finetuneflow.data.sources import read_rows
+from finetuneflow.data.splits import leaks, split
+from finetuneflow.data.templates import Template
+from finetuneflow.data.tokens import Policy, TokenizeStats, audit, tokenize_many
+from finetuneflow.errors import DataError
+from finetuneflow.events import Emit
+from finetuneflow.workspace import sha256_file, sha256_json, source_digest, translate_os_errors, write_json
+
+ROWS_PER_BATCH = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to read and how: the part of a run's configuration that shapes its tokens."""
+
+    train: tuple[str, ...]
+    eval: tuple[str, ...] = ()
+    eval_fraction: float = 0.1
+    eval_limit: int = 1000
+    mapping: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    reject_threshold: float = 0.1
+    takes: frozenset[Kind] = frozenset({"chat", "text"})
+    policy: Policy = Policy()
+    seed: int = 42
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Tokens ready to train on. `train` and `eval` are memory-mapped `datasets.Dataset`s with the columns
+    index, input_ids, labels, length, place; `digest` names their content."""
+
+    folder: Path
+    train: Any
+    eval: Any | None
+    manifest: dict[str, Any]
+    digest: str
+
+    def place(self, index: int) -> str:
+        """File and row a training row came from."""
+        return str(self.train[index]["place"])
+
+    def copy_held_out(self, target: Path) -> None:
+        """Copy the held-out examples (canonical JSONL) into a run directory."""
+        source = self.folder / "eval.jsonl"
+        if source.exists():
+            with translate_os_errors(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+
+
+def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir: Path, emit: Emit) -> Prepared:
+    """The tokens of `recipe`, from the cache or made now. Raises `DataError` where nothing could be trained on."""
+    files = {name: _fingerprint(Path(name)) for name in (*recipe.train, *recipe.eval)}
+    shaping = {k: v for k, v in asdict(recipe).items() if k not in ("train", "eval", "takes")}
+    digest = sha256_json(
+        {
+            "train": [files[name]["sha256"] for name in recipe.train],
+            "eval": [files[name]["sha256"] for name in recipe.eval],
+            "recipe": shaping,
+            "takes": sorted(recipe.takes),
+            "template": template.digest,
+            "tokenizer": tokenizer_digest,
+            "code": source_digest("data"),
+        }
+    )
+    folder = cache_dir / digest[:32]
+    if not (folder / "manifest.json").is_file():
+        _build(recipe, files, template, folder, emit)
+    return _open(folder, digest)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(
+            "DATASET_NOT_FOUND",
+            f"There is no file {str(path)!r}.",
+            where="data.train / data.eval",
+            remedy="Check the spelling; the path counts from the folder the command runs in.",
+        )
+    return {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+# --- building ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Read:
+    """What the files hold: usable examples, problems, rows in all."""
+
+    examples: list[Example] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    unsuited: Counter[str] = field(default_factory=Counter)
+
+
+def _build(recipe: Recipe, files: dict[str, dict[str, Any]], template: Template, folder: Path, emit: Emit) -> None:
+    """Fill a temporary folder and rename it: a killed build leaves no half cache."""
+    train_read = _read(recipe.train, recipe)
+    eval_read = _read(recipe.eval, recipe) if recipe.eval else None
+    _check_threshold(train_read, recipe)
+    train, held_out = _divide(train_read.examples, eval_read.examples if eval_read else None, recipe, emit)
+    with translate_os_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+        try:
+            stats = _write_tokens(train, template, recipe.policy, temporary / "train.arrow")
+            _report_audit(stats, template, emit)
+            eval_stats = _write_tokens(held_out, template, recipe.policy, temporary / "eval.arrow") if held_out else None
+            problems = [*train_read.problems, *(eval_read.problems if eval_read else [])]
+            write_canonical([*held_out, *problems], temporary / "eval.jsonl", problems_path=temporary / "problems.jsonl")
+            manifest = _manifest(recipe, files, template, train_read, eval_read, train, held_out, stats, eval_stats)
+            write_json(temporary / "manifest.json", manifest)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _read(names: Sequence[str], recipe: Recipe) -> _Read:
+    """All usable examples of some files, up to `limit`; kinds the objective cannot use are counted apart."""
+    found = _Read()
+    mapping = Mapping(**recipe.mapping) if recipe.mapping else None
+    for name in names:
+        for item in to_examples(read_rows(Path(name)), mapping):
+            if isinstance(item, Problem):
+                found.problems.append(item)
+            elif item.kind in recipe.takes:
+                found.examples.append(item)
+            else:
+                found.unsuited[item.kind] += 1
+            if recipe.limit is not None and len(found.examples) >= recipe.limit:
+                return found
+    return found
+
+
+def _check_threshold(read: _Read, recipe: Recipe) -> None:
+    if not read.examples:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in read.unsuited.items())
+        raise DataError(
+            "TRAINING_NO_DATA",
+            f"No example in {', '.join(recipe.train)} can be trained on: {len(read.problems):,} rows were rejected"
+            + (f", and {kinds} examples are for other objectives." if kinds else "."),
+            where=str(read.problems[0].place) if read.problems else None,
+            remedy=f"{read.problems[0].hint} " if read.problems else "" + "`ftf data check` shows every reason.",
+        )
+    share = len(read.problems) / (len(read.problems) + len(read.examples))
+    if share > recipe.reject_threshold:
+        reasons = Counter(problem.code for problem in read.problems).most_common(3)
+        raise DataError(
+            "DATASET_TOO_MANY_REJECTED",
+            f"{len(read.problems):,} of {len(read.problems) + len(read.examples):,} rows ({share:.1%}) cannot be used: "
+            + ", ".join(f"{code} {count:,}" for code, count in reasons)
+            + f"; the limit is {recipe.reject_threshold:.0%}.",
+            where=str(read.problems[0].place),
+            remedy="Look at them with `ftf data check`, mend the file, or raise data.reject_threshold.",
+        )
+
+
+def _divide(
+    examples: list[Example], given: list[Example] | None, recipe: Recipe, emit: Emit
+) -> tuple[list[Example], list[Example]]:
+    """(training, held out): the given evaluation examples, or a seeded share in which no duplicate straddles."""
+    if given is not None:
+        if shared := leaks(examples, given):
+            emit(
+                "warning",
+                code="EVAL_LEAK",
+                message=f"{len(shared):,} evaluation examples are also in the training data (exactly or nearly): the evaluation will look too good.",
+                advice="Remove them from one side, or drop data.eval and let a clean share be held out.",
+            )
+        return examples, given
+    fraction = min(recipe.eval_fraction, recipe.eval_limit / len(examples))
+    if fraction == 0 or len(examples) < 2:
+        return examples, []
+    parts = split(examples, eval_fraction=fraction, seed=recipe.seed)
+    for text in parts.warnings:
+        emit("warning", code="SPLIT", message=text, advice="")
+    return [examples[i] for i in parts.train_indices], [examples[i] for i in parts.eval_indices]
+
+
+def _write_tokens(examples: Sequence[Example], template: Template, policy: Policy, path: Path) -> TokenizeStats:
+    """Tokenize into an Arrow stream file; memory holds one batch."""
+    import pyarrow as pa
+
+    stats = TokenizeStats()
+    schema = pa.schema(
+        [
+            ("index", pa.int64()),
+            ("input_ids", pa.list_(pa.int32())),
+            ("labels", pa.list_(pa.int32())),
+            ("length", pa.int32()),
+            ("place", pa.string()),
+        ]
+    )
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in _batched(_token_rows(examples, template, policy, stats), ROWS_PER_BATCH):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    return stats
+
+
+def _token_rows(examples: Sequence[Example], template: Template, policy: Policy, stats: TokenizeStats) -> Iterator[dict[str, Any]]:
+    index = 0
+    for result in tokenize_many(examples, template, policy, stats=stats):
+        if isinstance(result, Problem):
+            continue  # counted in `stats`
+        for tokens in result:
+            if tokens.supervised:
+                yield {
+                    "index": index,
+                    "input_ids": tokens.ids,
+                    "labels": tokens.labels,
+                    "length": len(tokens.ids),
+                    "place": str(tokens.place),
+                }
+                index += 1
+
+
+def _batched(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _report_audit(stats: TokenizeStats, template: Template, emit: Emit) -> None:
+    """Raises for what would waste the run; says the rest."""
+    for finding in audit(stats, template):
+        if finding.code != "TEMPLATE_NOTE":  # said when the template was chosen
+            emit("warning", code=finding.code, message=finding.message, advice="")
+
+
+def _manifest(
+    recipe: Recipe,
+    files: dict[str, dict[str, Any]],
+    template: Template,
+    train_read: _Read,
+    eval_read: _Read | None,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    stats: TokenizeStats,
+    eval_stats: TokenizeStats | None,
+) -> dict[str, Any]:
+    problems = [*train_read.problems, *(eval_read.problems if eval_read else [])]
+    return {
+        "train": [files[name] for name in recipe.train],
+        "eval": [files[name] for name in recipe.eval],
+        "shapes": dict(Counter(example.shape for example in (*train, *held_out))),
+        "template": {"name": template.name, "digest": template.digest},
+        "train_examples": len(train),
+        "eval_examples": len(held_out),
+        "rejected": dict(Counter(problem.code for problem in problems)),
+        "not_for_this_objective": dict(train_read.unsuited),
+        "train_rows": stats.rows - stats.unsupervised_rows,
+        "eval_rows": eval_stats.rows - eval_stats.unsupervised_rows if eval_stats else 0,
+        "avg_tokens": stats.tokens / max(stats.rows, 1),
+        "supervised_share": stats.supervised / max(stats.tokens, 1),
+        "tokens": stats.to_dict(),
+    }
+
+
+def _open(folder: Path, digest: str) -> Prepared:
+    import json
+
+    from datasets import Dataset
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    has_eval = manifest["eval_rows"] > 0
+    return Prepared(
+        folder=folder,
+        train=Dataset.from_file(str(folder / "train.arrow")),
+        eval=Dataset.from_file(str(folder / "eval.arrow")) if has_eval else None,
+        manifest=manifest,
+        digest=digest,
+    )

@@ -1,0 +1,211 @@
+"""`README.md` of a package: the model card, filled from the run. What was not measured is said to be unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetuneflow.config import parse_yaml
+from finetuneflow.errors import FineTuneFlowError
+from finetuneflow.export.record import OBJECTIVE_NAMES, RunRecord
+from finetuneflow.export.redact import Redactor
+from finetuneflow.export.report import adapter_size, used_learning_rate
+from finetuneflow.export.text import duration, figure, inline, rate, size
+from finetuneflow.export.verify import Check
+
+FENCE = "---"
+
+
+def card_text(record: RunRecord, check: Check, redactor: Redactor, *, files_kind: str) -> str:
+    """The card as Markdown with YAML front matter. `files_kind`: "adapter" or "model" (whole weights)."""
+    sections = [
+        _front_matter(record, files_kind),
+        _opening(record, files_kind),
+        _usage(record, files_kind),
+        _intended_use(record),
+        _training_data(record),
+        _procedure(record),
+        _results(record),
+        _check(check),
+        _limits(record),
+        _versions(record),
+    ]
+    return redactor.text("\n\n".join("\n".join(lines) for lines in sections if lines) + "\n")
+
+
+def _front_matter(record: RunRecord, files_kind: str) -> list[str]:
+    tags = ["finetuneflow", record.config.method.kind, record.config.training.objective]
+    fields: dict[str, Any] = {
+        "base_model": base_name(record),
+        "library_name": "peft" if files_kind == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
+    if license_name := base_license(record):
+        fields["license"] = license_name
+    return [FENCE, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip(), FENCE]
+
+
+def base_name(record: RunRecord) -> str:
+    """The base model as others know it: its hub id, or the last part of a local folder (not the path to it)."""
+    base = record.config.model.base
+    return Path(base).expanduser().name if Path(base).expanduser().is_absolute() or Path(base).expanduser().is_dir() else base
+
+
+def base_license(record: RunRecord) -> str | None:
+    """The licence that the base model's own card states, if that card is on this disk."""
+    for readme in _base_cards(record.config.model.base):
+        try:
+            text = readme.read_text(encoding="utf-8", errors="replace")
+            head = text.split(FENCE, 2)[1] if text.startswith(FENCE) and text.count(FENCE) > 1 else ""
+            fields = parse_yaml(head, where=str(readme))
+        except (OSError, FineTuneFlowError):
+            continue
+        if isinstance(fields, dict) and isinstance(fields.get("license"), str):
+            return str(fields["license"])
+    return None
+
+
+def _base_cards(base: str) -> Iterable[Path]:
+    if base == "starter":
+        yield Path(__file__).parents[1] / "models/starter/README.md"
+        return
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        yield folder / "README.md"
+        return
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(base, "README.md")
+    except (ImportError, ValueError):  # no hub client, or a name no hub model can have
+        return
+    if isinstance(cached, str):
+        yield Path(cached)
+
+
+def _opening(record: RunRecord, files_kind: str) -> list[str]:
+    what = "A PEFT adapter" if files_kind == "adapter" else "A complete model"
+    made = OBJECTIVE_NAMES[record.config.training.objective].lower()
+    return [f"# {inline(record.name)}", "", f"{what} made from **{inline(base_name(record))}** with FineTuneFlow: {made}, {record.method}."]
+
+
+def _usage(record: RunRecord, files_kind: str) -> list[str]:
+    base = base_name(record)
+    if files_kind == "adapter":
+        load = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'here = "."  # the folder of this file',
+            f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+            "model = PeftModel.from_pretrained(base, here)",
+        ]
+    else:
+        load = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'here = "."  # the folder of this file',
+            "model = AutoModelForCausalLM.from_pretrained(here)",
+        ]
+    if record.config.training.objective == "sft":
+        ask = [
+            'messages = [{"role": "user", "content": "Hello!"}]',
+            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+        ]
+    else:
+        ask = ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
+    end = ["output = model.generate(**inputs, max_new_tokens=100)", 'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))']
+    return ["## Use", "", "```python", *load, "tokenizer = AutoTokenizer.from_pretrained(here)", *ask, *end, "```"]
+
+
+def _intended_use(record: RunRecord) -> list[str]:
+    if record.config.training.objective == "pretrain":
+        use = "To continue text of the kind it was trained on. It was not taught to follow instructions by this training."
+    else:
+        use = "To answer prompts of the kind found in its training data, in the same chat template (`chat_template.jinja`)."
+    return ["## Intended use", "", use]
+
+
+def _training_data(record: RunRecord) -> list[str]:
+    lines = ["## Training data", ""]
+    files = [("training", f) for f in _files(record, "train")] + [("evaluation", f) for f in _files(record, "eval")]
+    if files:
+        lines += ["| Use | File | Rows | SHA-256 |", "|---|---|---|---|"]
+        lines += [
+            f"| {use} | {inline(Path(str(f.get('file', '?'))).name)} | {figure(f.get('rows'))} | {inline(str(f.get('sha256', 'unknown')))} |"
+            for use, f in files
+        ]
+        lines.append("")
+    lines.append(
+        f"Examples used: {figure(record.data.get('train_examples'))} for training, {figure(record.data.get('eval_examples'))} held out; "
+        f"{figure(record.data.get('avg_tokens'), 1)} tokens each on average, at most {record.config.data.max_length:,}."
+    )
+    return lines
+
+
+def _files(record: RunRecord, use: str) -> list[dict[str, Any]]:
+    return [file for file in record.data.get(use) or [] if isinstance(file, dict)]
+
+
+def _procedure(record: RunRecord) -> list[str]:
+    training, setup = record.config.training, record.environment.get("setup") or {}
+    rows = [
+        ("Method", record.method),
+        ("LoRA rank", adapter_size(record)),
+        ("Objective", OBJECTIVE_NAMES[training.objective]),
+        ("Tokens in the loss", {"assistant": "assistant turns", "last": "the last assistant turn", "all": "all"}[record.config.data.supervise]),
+        ("Epochs", f"{training.epochs:g}" + (f", at most {training.max_steps:,} steps" if training.max_steps else "")),
+        ("Examples per step", f"{training.effective_batch:,} ({training.batch_size} x {training.gradient_accumulation})"),
+        ("Learning rate", f"{rate(used_learning_rate(record))}, {training.scheduler}, warm-up {training.warmup_ratio:.0%}"),
+        ("Optimizer", f"{setup.get('optimizer') or training.optimizer}, weight decay {training.weight_decay:g}"),
+        ("Compute type", str(setup.get("compute_dtype") or training.precision)),
+        ("Hardware", f"GPU: {inline(record.device)}"),
+        ("Seed", str(training.seed)),
+    ]
+    return ["## Training procedure", "", "| Setting | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def _results(record: RunRecord) -> list[str]:
+    metrics = record.metrics
+    peak = metrics.get("peak_memory_bytes")
+    rows = [
+        ("Train loss", figure(metrics.get("train_loss"))),
+        ("Eval loss (held-out examples)", figure(metrics.get("eval_loss"))),
+        ("Perplexity", figure(metrics.get("perplexity", metrics.get("eval_perplexity")), 3)),
+        ("Training time", duration(metrics.get("train_runtime"))),
+        ("Examples per second", figure(metrics.get("train_samples_per_second"), 2)),
+        ("Peak memory", size(peak) if isinstance(peak, int) else "not measured"),
+    ]
+    table = ["| Figure | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return ["## Results", "", *table, "", "![Loss curve](train_loss.png)"]
+
+
+def _check(check: Check) -> list[str]:
+    return [
+        "## Check of these files",
+        "",
+        f"Loaded again and compared with the trained model ({check.compared}) on {check.prompts} prompts, {check.positions:,} positions: "
+        f"largest logit difference {check.max_abs_diff:.2g}, error {check.error:.2g} of the logits' spread ({check.tolerance:.2g} allowed), "
+        f"same best token at {check.argmax_agreement:.1%} of positions, {check.same_texts} of {check.prompts} greedy texts identical.",
+    ]
+
+
+def _limits(record: RunRecord) -> list[str]:
+    return [
+        "## Limits",
+        "",
+        f"- It inherits what {inline(base_name(record))} knows, gets wrong and is biased towards; its licence applies as well.",
+        "- The figures above come from held-out examples of the same source; they say little about other kinds of input.",
+        "- Its answers were not checked for truth or safety. Check them before anyone relies on them.",
+    ]
+
+
+def _versions(record: RunRecord) -> list[str]:
+    hardware = record.environment.get("hardware") or {}
+    packages = record.environment.get("packages") or hardware.get("packages") or {}
+    shown = [f"- {inline(str(name))} {inline(str(version))}" for name, version in packages.items() if version]
+    return ["## Versions", "", *shown] if shown else []

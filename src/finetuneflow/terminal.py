@@ -1,0 +1,201 @@
+"""What the command line shows: one renderer for tables and JSON, and the view of a run as it goes.
+
+Text from files, models and users is escaped before it reaches the terminal (control characters,
+bidi marks, markup), so that a row of a dataset cannot repaint the screen.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from finetuneflow.errors import FineTuneFlowError
+from finetuneflow.events import Event
+
+console = Console()
+error_console = Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """Machine output: one JSON document on standard output, nothing else."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def print_json_line(value: Any) -> None:
+    """Machine output of a stream: one JSON object per line."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def print_error(error: FineTuneFlowError, *, as_json: bool) -> None:
+    """An error in full: what, where, what to do. JSON goes to standard output, so that pipes see it."""
+    if as_json:
+        print_json(error.to_dict())
+        return
+    error_console.print(Text.assemble(("error ", "bold red"), clean(error.message), (f"  [{error.code}]", "dim")), soft_wrap=True)
+    if error.where:
+        error_console.print(Text.assemble(("  where       ", "dim"), clean(error.where)), soft_wrap=True)
+    if error.remedy:
+        error_console.print(Text.assemble(("  what to do  ", "dim"), clean(error.remedy)), soft_wrap=True)
+
+
+def clean(text: str) -> str:
+    """Text that cannot steer a terminal: control and bidi characters are shown as escapes, line breaks kept."""
+    return "".join(c if c in "\n\t" or (c.isprintable() and c not in _BIDI) else f"\\u{ord(c):04x}" for c in text)
+
+
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[int] = ()) -> Table:
+    """A table of plain values; columns whose index is in `right` are right-aligned."""
+    result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(cell if isinstance(cell, Text) else Text(clean("" if cell is None else str(cell))) for cell in row))
+    return result
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_time(seconds: float) -> str:
+    """1 h 02 min, 3 min 20 s, 41 s."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, secs = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {secs:02d} s" if minutes else f"{secs} s"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+# --- a run as it goes -----------------------------------------------------------------------------
+
+
+class RunView:
+    """An event sink that draws a run: a live progress line on a terminal, plain lines in a pipe."""
+
+    def __init__(self, target: Console | None = None, *, quiet: bool = False, live: bool = True) -> None:
+        self.console = target or console
+        self.quiet = quiet
+        self.draws_live = live and self.console.is_terminal
+        self._seen_decisions: set[tuple[str, str]] = set()
+        self._live: Live | None = None
+        self._bar = Progress(
+            TextColumn("[bold]{task.fields[label]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            console=self.console,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=1, label="step", start=True)
+        self._figures = Text("")
+
+    def __call__(self, event: Event) -> None:
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler and not self.quiet:
+            handler(event)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def __enter__(self) -> RunView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- one method per event -----------------------------------------------------------------------
+
+    def _on_started(self, event: Event) -> None:
+        verb = "Resuming" if event["resuming"] else "Run"
+        self._print(Text.assemble((f"{verb} ", "bold"), (event["run"], "bold cyan"), (f"  attempt {event['attempt']}" if event["attempt"] > 1 else "", "dim")))
+
+    def _on_phase(self, event: Event) -> None:
+        name = event["name"]
+        if name == "training":
+            share = event["trainable_parameters"] / max(event["total_parameters"], 1)
+            self._print(
+                Text.assemble(("training ", "bold"), f"{event['trainable_parameters']:,} of {event['total_parameters']:,} parameters ({percent(share)})")
+            )
+        elif "step" not in event:
+            self._print(Text(name, style="bold"))
+
+    def _on_decision(self, event: Event) -> None:
+        key = (event["setting"], event["reason"])
+        if key not in self._seen_decisions:
+            self._seen_decisions.add(key)
+            self._print(Text.assemble(("  · ", "dim"), (f"{event['setting']} = {clean(str(event['value']))}  ", "cyan"), (clean(event["reason"]), "dim")))
+
+    def _on_warning(self, event: Event) -> None:
+        self._print(Text.assemble(("  ! ", "bold yellow"), (clean(event["message"]), "yellow"), (f"  {clean(event['advice'])}" if event["advice"] else "", "dim")))
+
+    def _on_log(self, event: Event) -> None:
+        figures = (
+            f"loss {event['loss']:.4f}   lr {event['learning_rate']:.2e}   grad {event['grad_norm']:.2f}   "
+            f"{event['tokens_per_second']:,.0f} tok/s   {human_bytes(event['memory_bytes'])} (peak {human_bytes(event['peak_memory_bytes'])})   "
+            f"left {human_time(event['eta_seconds'])}"
+        )
+        if not self.draws_live:
+            self._print(Text(f"step {event['step']}/{event['total_steps']}   {figures}"))
+            return
+        self._bar.update(self._task, completed=event["step"], total=event["total_steps"])
+        self._figures = Text(f"  {figures}", style="dim")
+        if self._live is None:
+            self._live = Live(console=self.console, refresh_per_second=4, transient=False)
+            self._live.start()
+        from rich.console import Group
+
+        self._live.update(Group(self._bar, self._figures))
+
+    def _on_eval(self, event: Event) -> None:
+        self._print(
+            Text.assemble(
+                ("  eval ", "bold green"),
+                f"step {event['step']}   loss {event['eval_loss']:.4f}   perplexity {event['eval_perplexity']:.2f}   "
+                f"token accuracy {percent(event['eval_token_accuracy'])}",
+            )
+        )
+
+    def _on_checkpoint(self, event: Event) -> None:
+        self._print(Text(f"  saved {event['path']}", style="dim"))
+
+    def _on_complete(self, event: Event) -> None:
+        self.close()
+        self._print(Text.assemble(("Done ", "bold green"), f"{event['total_steps']} steps in {human_time(event['seconds'])}, mean training loss {event['train_loss']:.4f}"))
+
+    def _on_stopped(self, event: Event) -> None:
+        self.close()
+        self._print(Text.assemble(("Stopped ", "bold yellow"), f"after step {event['step']} ({event['reason']}). `ftf resume` goes on from the last checkpoint."))
+
+    def _on_failed(self, event: Event) -> None:
+        self.close()
+
+    def _print(self, text: Text) -> None:
+        (self._live.console if self._live else self.console).print(text, soft_wrap=not self.console.is_terminal)
+
+
+def markup(text: str) -> str:
+    """User text inside a rich markup string."""
+    return escape(clean(text))
