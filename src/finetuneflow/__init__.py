@@ -11,28 +11,45 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# name -> module that owns it
+if TYPE_CHECKING:
+    from finetuneflow.config import RunConfig as RunConfig
+    from finetuneflow.config import build_config as build_config
+    from finetuneflow.config import load_config as load_config
+    from finetuneflow.data.quality import inspect_files as check_data
+    from finetuneflow.errors import FineTuneFlowError as FineTuneFlowError
+    from finetuneflow.evaluation.compare import compare as compare
+    from finetuneflow.evaluation.measure import evaluate as evaluate
+    from finetuneflow.evaluation.suite import load_suite as load_suite
+    from finetuneflow.export import export as export
+    from finetuneflow.inference import load_generator as load_generator
+    from finetuneflow.training.run import resume as resume
+    from finetuneflow.training.run import train as train
+    from finetuneflow.workspace import Workspace as Workspace
+
+# public name -> module that owns it, and its name there
 _FACE = {
-    "RunConfig": "finetuneflow.config",
-    "load_config": "finetuneflow.config",
-    "FineTuneFlowError": "finetuneflow.errors",
-    "Workspace": "finetuneflow.workspace",
-    "train": "finetuneflow.training.run",
-    "resume": "finetuneflow.training.run",
+    "RunConfig": ("finetuneflow.config", "RunConfig"),
+    "build_config": ("finetuneflow.config", "build_config"),
+    "load_config": ("finetuneflow.config", "load_config"),
+    "check_data": ("finetuneflow.data.quality", "inspect_files"),
+    "FineTuneFlowError": ("finetuneflow.errors", "FineTuneFlowError"),
+    "compare": ("finetuneflow.evaluation.compare", "compare"),
+    "evaluate": ("finetuneflow.evaluation.measure", "evaluate"),
+    "load_suite": ("finetuneflow.evaluation.suite", "load_suite"),
+    "export": ("finetuneflow.export", "export"),
+    "load_generator": ("finetuneflow.inference", "load_generator"),
+    "resume": ("finetuneflow.training.run", "resume"),
+    "train": ("finetuneflow.training.run", "train"),
+    "Workspace": ("finetuneflow.workspace", "Workspace"),
 }
 __all__ = ["__version__", *_FACE]
-
-if TYPE_CHECKING:
-    from finetuneflow.config import RunConfig, load_config
-    from finetuneflow.errors import FineTuneFlowError
-    from finetuneflow.training.run import resume, train
-    from finetuneflow.workspace import Workspace
 
 
 def __getattr__(name: str) -> Any:
     if name not in _FACE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_FACE[name]), name)
+    module, attribute = _FACE[name]
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

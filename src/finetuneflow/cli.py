@@ -43,6 +43,144 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting
 
 # --- data -----------------------------------------------------------------------------------------
 
+Files = Annotated[list[Path], typer.Argument(help="Dataset files of any common format, also .gz or .zst.")]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Count tokens as this model does: `starter`, a folder or a hub id.")]
+MapOption = Annotated[list[str] | None, typer.Option("--map", help="A column by name: prompt=question. Repeatable. Parts: prompt, answer, system, context, messages, text, chosen, rejected, label, group.")]
+TemplateOption = Annotated[str, typer.Option("--template", help="Chat template: auto, a built-in name, or a .jinja file.")]
+Supervised = Annotated[str, typer.Option("--supervise", help="What enters the loss: assistant, last or all.")]
+
+
+@data_app.command("check")
+def data_check(
+    files: Files,
+    model: ModelOption = None,
+    template: TemplateOption = "auto",
+    supervise: Supervised = "assistant",
+    max_length: Annotated[int, typer.Option(help="Tokens per example at most (with --model).", min=2)] = 2048,
+    map_: MapOption = None,
+    near_duplicates: Annotated[bool, typer.Option("--near-duplicates/--no-near-duplicates", help="Look for nearly equal examples too.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Say what files hold: shapes, usable and rejected rows with reasons, duplicates, tokens."""
+    from finetuneflow.data.quality import inspect_files
+    from finetuneflow.terminal import print_json
+
+    measure = _measure_with(model, template, supervise, max_length) if model else None
+    reports = inspect_files(files, mapping=_mapping(map_), measure=measure, max_length=max_length if model else None, near_duplicates=near_duplicates)
+    if as_json:
+        print_json([report.to_json() for report in reports])
+    else:
+        from finetuneflow.views import show_data_report
+
+        for report in reports:
+            show_data_report(report)
+    if any(report.error is not None or not report.usable for report in reports):
+        raise typer.Exit(3)
+
+
+@data_app.command("convert")
+def data_convert(
+    files: Files,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The canonical JSONL file to write.")],
+    map_: MapOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write canonical JSONL; rejected rows go into a file beside it, with the reason."""
+    from itertools import chain
+
+    from finetuneflow.data.examples import to_examples, write_canonical
+    from finetuneflow.data.sources import read_rows
+    from finetuneflow.errors import StorageError
+    from finetuneflow.terminal import console, print_json
+
+    if out.exists() and not overwrite:
+        raise StorageError("STORAGE_EXISTS", f"{out} exists already.", remedy="Choose another name, or add --overwrite.")
+    problems = out.with_name(f"{out.stem}.problems.jsonl")
+    items = chain.from_iterable(to_examples(read_rows(file), _mapping(map_)) for file in files)
+    written, rejected = write_canonical(items, out, problems_path=problems)
+    if as_json:
+        print_json({"out": str(out), "examples": written, "problems": str(problems), "rejected": rejected})
+    else:
+        console.print(f"{written:,} examples in {out}" + (f"; {rejected:,} rejected rows in {problems}" if rejected else ""), markup=False)
+
+
+@data_app.command("preview")
+def data_preview(
+    file: Annotated[Path, typer.Argument(help="A dataset file.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="`starter`, a folder or a hub id.")] = "starter",
+    template: TemplateOption = "auto",
+    supervise: Supervised = "assistant",
+    max_length: Annotated[int, typer.Option(help="Tokens per example at most.", min=2)] = 2048,
+    overlong: Annotated[str, typer.Option(help="drop, cut or split longer examples.")] = "cut",
+    rows: Annotated[int, typer.Option(help="Examples to show.", min=1, max=1000)] = 3,
+    skip: Annotated[int, typer.Option(help="Examples to pass over first.", min=0)] = 0,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a web page instead of printing.")] = None,
+    map_: MapOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the model will see: every token, and which of them enter the loss."""
+    from itertools import islice
+
+    from finetuneflow.data.examples import Problem, to_examples
+    from finetuneflow.data.preview import preview, to_html, to_json, to_terminal
+    from finetuneflow.data.sources import read_rows
+    from finetuneflow.terminal import console, print_json
+    from finetuneflow.workspace import write_atomic
+
+    chosen, policy = _template_and_policy(model, template, supervise, max_length, overlong)
+    examples = (item for item in to_examples(read_rows(file), _mapping(map_)) if not isinstance(item, Problem))
+    shown = preview(islice(examples, skip, skip + rows), chosen, policy)
+    if as_json:
+        print_json(to_json(shown))
+    elif html:
+        write_atomic(html, to_html(shown, title=f"{file.name} as {model} sees it"))
+        console.print(f"Wrote {html}", markup=False)
+    else:
+        console.print(to_terminal(shown))
+
+
+def _mapping(pairs: list[str] | None) -> Any:
+    from dataclasses import fields
+
+    from finetuneflow.data.examples import Mapping
+
+    if not pairs:
+        return None
+    known = [f.name for f in fields(Mapping)]
+    split = [pair.partition("=") for pair in pairs]
+    for part, _, column in split:
+        if part not in known or not column:
+            raise ConfigError("CONFIG_INVALID_VALUE", f"--map {part[:40]}={column[:40]} is not of the form part=column.", remedy=f"Parts: {', '.join(known)}.")
+    return Mapping(**{part: column for part, _, column in split})
+
+
+def _template_and_policy(model: str, template: str, supervise: str, max_length: int, overlong: str = "cut") -> tuple[Any, Any]:
+    """The template of a model (its tokenizer alone is loaded) and the policy the options ask for."""
+    from typing import get_args
+
+    from finetuneflow.data.templates import resolve_template
+    from finetuneflow.data.tokens import Overlong, Policy, Supervise
+    from finetuneflow.models.source import ModelSource, tokenizer_folder
+    from finetuneflow.models.tokenizer import load_tokenizer
+
+    for value, choices, option in ((supervise, get_args(Supervise), "--supervise"), (overlong, get_args(Overlong), "--overlong")):
+        if value not in choices:
+            raise ConfigError("CONFIG_INVALID_VALUE", f"{option} {value!r} is not one of {', '.join(choices)}.")
+    _quieten_libraries()
+    folder, own_code = tokenizer_folder(ModelSource(model))
+    tokenizer, _ = load_tokenizer(folder, run_own_code=own_code)
+    return resolve_template(tokenizer, template, consent=True), Policy(supervise=supervise, max_length=max_length, overlong=overlong)  # type: ignore[arg-type]
+
+
+def _measure_with(model: str, template: str, supervise: str, max_length: int) -> Any:
+    from functools import partial
+
+    from finetuneflow.data.tokens import measure
+
+    chosen, policy = _template_and_policy(model, template, supervise, max_length)
+    return partial(measure, template=chosen, policy=policy)
+
 
 # --- training ---------------------------------------------------------------------------------------
 
@@ -215,6 +353,275 @@ def verify_resume(
         raise typer.Exit(7)
 
 
+# --- results ----------------------------------------------------------------------------------------
+
+
+DataOption = Annotated[list[Path] | None, typer.Option("--data", help="Examples with answers. [default: what the run held out]", show_default=False)]
+SuiteOption = Annotated[str | None, typer.Option("--suite", help="Acceptance prompts (YAML); `starter` is the bundled suite.")]
+JudgesOption = Annotated[Path | None, typer.Option("--judges", help="A Python file of your own with judge functions for the suite. It is run.")]
+Limit = Annotated[int, typer.Option(help="Questions answered at most.", min=1)]
+MaxNewTokens = Annotated[int, typer.Option(help="Length of an answer at most, in tokens.", min=1)]
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, a model folder, a hub id, or `starter`.")] = "latest",
+    data: DataOption = None,
+    suite: SuiteOption = None,
+    judges: JudgesOption = None,
+    base: Annotated[bool, typer.Option("--base", help="Measure the run's base model instead (the adapter off).")] = False,
+    checkpoint: Annotated[str | None, typer.Option(help="A step of the run instead of its end.")] = None,
+    limit: Limit = 200,
+    max_new_tokens: MaxNewTokens = 128,
+    name: Annotated[str | None, typer.Option(help="Name of the result file under evals/.")] = None,
+    workspace: WorkspaceDir = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: loss, perplexity, scores of its answers, acceptance prompts."""
+    from dataclasses import replace
+
+    from finetuneflow.evaluation.measure import Options, options_of_run
+    from finetuneflow.evaluation.measure import evaluate as measure
+    from finetuneflow.inference import load_generator
+    from finetuneflow.terminal import print_json
+    from finetuneflow.views import show_evaluation
+
+    _quieten_libraries()
+    target = _target(workspace, model)
+    run = Path(target) if (Path(target) / "run.yaml").is_file() else None
+    settings = replace(options_of_run(run) if run else Options(), limit=limit, max_new_tokens=max_new_tokens)
+    examples = data if data or run is None or suite else [run / "data" / "eval.jsonl"]
+    result = measure(
+        load_generator(target, adapter=not base, checkpoint=checkpoint),
+        examples,
+        name=name or ("base" if base else "evaluation"),
+        suite=_suite(suite),
+        judges=_judges(judges),
+        options=settings,
+        out_dir=run / "evals" if run else None,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        show_evaluation(result)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A run or model; `base` is the base of the other one.")],
+    b: Annotated[str, typer.Argument(help="A run or model to compare with it; `base` likewise.")],
+    data: DataOption = None,
+    suite: SuiteOption = None,
+    judges: JudgesOption = None,
+    general: Annotated[Path | None, typer.Option("--general", help="A text to show forgetting on. [default: a bundled one]", show_default=False)] = None,
+    limit: Limit = 200,
+    max_new_tokens: MaxNewTokens = 128,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the whole comparison as JSON.")] = None,
+    workspace: WorkspaceDir = None,
+    as_json: Json = False,
+) -> None:
+    """Ask two models the same and say which is better, with its uncertainty."""
+    from finetuneflow.evaluation.compare import GENERAL_TEXT
+    from finetuneflow.evaluation.compare import compare as compare_models
+    from finetuneflow.evaluation.questions import read_examples
+    from finetuneflow.terminal import print_json
+    from finetuneflow.views import show_comparison
+    from finetuneflow.workspace import write_json
+
+    _quieten_libraries()
+    first, second, run = _two_generators(workspace, a, b)
+    items = _suite(suite)
+    if items is None:
+        paths = data or ([run / "data" / "eval.jsonl"] if run and (run / "data" / "eval.jsonl").is_file() else [])
+        if not paths:
+            raise ConfigError("CONFIG_INVALID_VALUE", "There is nothing to ask: no run that held data out, no --data, no --suite.", remedy="Name a data file or a suite.")
+        items, _ = read_examples(paths)
+    result = compare_models(
+        first, second, items, judges=_judges(judges), max_new_tokens=max_new_tokens, limit=limit, general_text=general or GENERAL_TEXT
+    )
+    if out:
+        write_json(out, result.to_dict())
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        show_comparison(result)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run, a model folder, a hub id, or `starter`.")] = "latest",
+    message: Annotated[str | None, typer.Option("--message", help="Ask this once and leave.")] = None,
+    both: Annotated[bool, typer.Option("--both", help="Answer with the base and with the adapter.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="A further adapter on the same base: name=folder or name=run. Repeatable.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="A step of the run instead of its end.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Annotated[float, typer.Option(help="0 always says the likeliest.", min=0.0, max=2.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of probability to sample from.", min=0.01, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    workspace: WorkspaceDir = None,
+) -> None:
+    """Talk to a model; switch its adapter off and on to feel the difference."""
+    from finetuneflow.chat import Chat, show_answer, talk
+    from finetuneflow.inference import load_generator
+
+    _quieten_libraries()
+    generator = load_generator(_target(workspace, model), adapters=_further_adapters(workspace, adapter), checkpoint=checkpoint)
+    conversation = Chat(generator, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if both:
+        conversation.command("/both")
+    if message is not None:
+        show_answer(conversation, message)
+    else:
+        talk(conversation)
+
+
+@app.command()
+def export(
+    run: Run = "latest",
+    to: Annotated[str, typer.Option("--to", help="adapter, merged or zip.")] = "adapter",
+    name: Annotated[str | None, typer.Option(help="Name of the folder under exports/. [default: the target]", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="Stored type of merged weights: auto, float32, bfloat16, float16.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export of that name.")] = False,
+    workspace: WorkspaceDir = None,
+    as_json: Json = False,
+) -> None:
+    """Write the result as a package, checked by loading it again."""
+    from finetuneflow.export import export as export_run
+    from finetuneflow.terminal import print_json
+    from finetuneflow.views import show_export
+
+    _quieten_libraries()
+    for value, choices, option in ((to, ("adapter", "merged", "zip"), "--to"), (dtype, ("auto", "float32", "bfloat16", "float16"), "--dtype")):
+        if value not in choices:
+            raise ConfigError("CONFIG_INVALID_VALUE", f"{option} {value!r} is not one of {', '.join(choices)}.")
+    result = export_run(Workspace(workspace).run_dir(run), to, name=name, overwrite=overwrite, dtype=dtype)  # type: ignore[arg-type]
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        show_export(result)
+
+
+@app.command()
+def doctor(
+    network: Annotated[bool, typer.Option("--network", help="Also ask whether the model hub answers.")] = False,
+    workspace: WorkspaceDir = None,
+    as_json: Json = False,
+) -> None:
+    """Look over this machine: GPU, PyTorch, memory, disk, versions; each line with a remedy."""
+    from finetuneflow.doctor import checks, to_json, worst
+    from finetuneflow.hardware import probe
+    from finetuneflow.terminal import print_json
+    from finetuneflow.views import show_doctor
+
+    root = Workspace(workspace).root
+    hardware = probe(root)
+    found = checks(root, hardware=hardware, network=network)
+    if as_json:
+        print_json(to_json(found, hardware))
+    else:
+        show_doctor(found)
+    if worst(found) == "fail":
+        raise typer.Exit(5)
+
+
+@app.command()
+def demo(
+    workspace: WorkspaceDir = None,
+    seed: Annotated[int, typer.Option(help="Seed of the tuning set and the run.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Tune the bundled model, evaluate it, compare before and after, export: all in a few minutes."""
+    from finetuneflow.demo import run_demo
+    from finetuneflow.terminal import print_json_line
+
+    _quieten_libraries()
+    summary = run_demo(Workspace(workspace), seed=seed, quiet=as_json)
+    if as_json:
+        print_json_line(summary)
+
+
+def _target(workspace: Path | None, text: str) -> str:
+    """A run's folder where `text` names one, else `text` itself (a folder, a hub id, `starter`)."""
+    from finetuneflow.errors import StorageError
+
+    place = Workspace(workspace)
+    try:
+        return str(place.run_dir(text))
+    except StorageError:
+        if text == "latest":
+            raise
+        return text
+
+
+def _two_generators(workspace: Path | None, a: str, b: str) -> tuple[Any, Any, Path | None]:
+    """Both models, loaded once where one is the base of the other; and the run whose held-out data they are asked."""
+    from finetuneflow.inference import load_generator
+
+    if a == b == "base":
+        raise ConfigError("CONFIG_INVALID_VALUE", "Both sides are `base`: name a run on one.")
+    targets = {text: Path(_target(workspace, text)) for text in (a, b) if text != "base"}
+    runs = [target for target in reversed(targets.values()) if (target / "run.yaml").is_file()]
+    if "base" not in (a, b):
+        first, second = load_generator(targets[a]), load_generator(targets[b])
+        return first, second, runs[0] if runs else None
+    other = targets[b if a == "base" else a]
+    tuned = load_generator(other)
+    base = tuned.view(None, name="base") if tuned.adapters else load_generator(other, adapter=False)
+    return (base, tuned, runs[0] if runs else None) if a == "base" else (tuned, base, runs[0] if runs else None)
+
+
+def _further_adapters(workspace: Path | None, pairs: list[str] | None) -> dict[str, Path]:
+    found = {}
+    for pair in pairs or []:
+        name, _, place = pair.partition("=")
+        if not name or not place:
+            raise ConfigError("CONFIG_INVALID_VALUE", f"--adapter {pair[:80]!r} is not of the form name=folder.")
+        folder = Path(_target(workspace, place))
+        found[name] = folder / "adapter" if (folder / "run.yaml").is_file() else folder
+    return found
+
+
+def _suite(name: str | None) -> Any:
+    from finetuneflow.evaluation.suite import load_suite
+    from finetuneflow.training.objectives import suite_path
+
+    return load_suite(suite_path(name)) if name else None
+
+
+def _judges(path: Path | None) -> Any:
+    from finetuneflow.evaluation.judges import load_judges
+
+    return load_judges(path) if path else None
+
+
+def _dry_run(settings: RunConfig, workspace: Workspace, *, as_json: bool) -> None:
+    """Everything up to the tokens: what would be trained on, or why it cannot be."""
+    from finetuneflow.terminal import RunView, console, print_json
+    from finetuneflow.training.objectives import load_materials
+
+    _quieten_libraries()
+    view = RunView(quiet=as_json)
+    events = iter(range(1, 1_000_000))
+
+    def emit(name: str, /, **fields: Any) -> Event:
+        event = {"seq": next(events), "event": name, **fields}
+        view(event)
+        return event
+
+    manifest = load_materials(settings, workspace, emit).prepared.manifest
+    if as_json:
+        print_json(manifest)
+        return
+    console.print(
+        f"{manifest['train_examples']:,} examples to train on, {manifest['eval_examples']:,} held out; "
+        f"{manifest['avg_tokens']:.0f} tokens each on average, {100 * manifest['supervised_share']:.1f} % in the loss."
+    )
+
+
+# --- help -------------------------------------------------------------------------------------------
+
+
 @app.command()
 def config(as_json: Json = False) -> None:
     """Print a run file with every setting, its default and its meaning."""
@@ -276,9 +683,13 @@ def _number(value: float | None) -> str:
 
 
 def _quieten_libraries() -> None:
-    """Library chatter (progress bars of loading, advice about tokenizers) has no place between our lines."""
+    """Library chatter (progress bars of loading, advice about optional kernels) has no place between our lines."""
+    import logging
     import os
+    import warnings
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate)\b")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -178,7 +178,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
     if len(text) > MAX_FILE_BYTES:
         raise ConfigError("CONFIG_UNREADABLE", f"The file is larger than {MAX_FILE_BYTES:,} characters.", where=where)
     try:
-        return yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where

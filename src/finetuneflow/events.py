@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class EventLog:
     def emit(self, name: str, /, **fields: Any) -> Event:
         """Number, stamp and write one event; returns it."""
         assert name in EVENT_NAMES, name
-        event: Event = {"seq": self._seq + 1, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": name}
+        event: Event = {"seq": self._seq + 1, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name}
         event.update(fields)
         line = json.dumps(event, ensure_ascii=False, allow_nan=True) + "\n"
         with translate_os_errors(self.path, needed_bytes=len(line)):
@@ -68,7 +68,7 @@ class EventLog:
         for sink in list(self.sinks):
             try:
                 sink(event)
-            except Exception as error:  # noqa: BLE001 - a watcher must never stop a run
+            except Exception as error:
                 self.sinks.remove(sink)
                 self.emit("warning", code="SINK_DROPPED", message=f"An event sink failed and was dropped: {error}", advice="")
         return event

@@ -307,7 +307,8 @@ def probe_cpu(run: Runner, root: Path) -> Cpu:
 
 
 def _cpuinfo(root: Path) -> tuple[str | None, set[str]]:
-    model, flags = None, set()
+    model: str | None = None
+    flags: set[str] = set()
     for line in _read(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name" and model is None:
@@ -347,9 +348,9 @@ def _count_cpus(text: str) -> int:
     """The size of a list such as "0-3,8"; 0 when it is empty or unreadable."""
     count = 0
     for part in text.strip().split(","):
-        first, _, last = part.partition("-")
+        ends = part.split("-")
         try:
-            count += int(last or first) - int(first) + 1
+            count += int(ends[-1]) - int(ends[0]) + 1
         except ValueError:
             return 0
     return max(count, 0)

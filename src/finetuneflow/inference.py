@@ -10,6 +10,8 @@ Evaluation, comparison, chat and the samples shown during training all go throug
 
 from __future__ import annotations
 
+import bisect
+import collections.abc as abc
 import contextlib
 import hashlib
 import itertools
@@ -44,7 +46,7 @@ class PromptTemplate(Protocol):
     def stop(self) -> str:
         """The same as text."""
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Sequence[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> Sequence[int]:
         """Token ids of the conversation and the opening of the assistant's turn."""
 
 
@@ -188,9 +190,9 @@ class Generator:
             return Ending(self.tokenizer, frozenset(tokens | {turn_end[0]}))
         return Ending(self.tokenizer, frozenset(tokens), self.template.stop if turn_end else "")
 
-    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         """Token ids of one prompt; an error when the model's context has no room for it and one token of answer."""
-        ids = tuple(self.template.prompt_ids(messages))
+        ids = tuple(self.template.prompt_ids(messages, tools))
         if len(ids) >= self.context_length:
             raise EvaluationError(
                 "PROMPT_TOO_LONG",
@@ -261,7 +263,7 @@ class Generator:
             before_end = itertools.takewhile(lambda token: token not in ending.tokens, tokens)
             yield from trimmed(before_text(whole_characters(before_end, self.tokenizer), ending.text))
 
-    def _stream_ids(self, prompt: Sequence[int], decoding: Decoding) -> Iterator[int]:
+    def _stream_ids(self, prompt: Sequence[int], decoding: Decoding) -> abc.Generator[int, None, None]:
         """Token ids of the answer as they come, end tokens included. The model runs in a thread of its own."""
         arriving: queue.Queue[int | BaseException | None] = queue.Queue()
         cancelled = threading.Event()
@@ -298,7 +300,8 @@ class Generator:
         pad = self.tokenizer.pad_token_id or 0
         ids, mask = left_padded(prompts, pad, device=self.model.device)
         room = self.context_length - ids.shape[1]
-        settings = GenerationConfig(max_new_tokens=min(decoding.max_new_tokens, room), do_sample=False, use_cache=True, pad_token_id=pad)
+        length = min(decoding.max_new_tokens, room)
+        settings = GenerationConfig(max_new_tokens=length, do_sample=False, use_cache=True, pad_token_id=pad)  # type: ignore[no-untyped-call]
         processors = [SeededSampling(decoding, prompts)] if decoding.temperature > 0 else []
         stop = StopAt(self.ending, prompt_width=ids.shape[1], cancelled=cancelled)
         with plain_defaults(self.model, settings):
@@ -346,9 +349,9 @@ class Ending:
         text, stopped = decode(self.tokenizer, kept), len(kept) < len(ids)
         if not self.text or self.text not in text:
             return kept, text, stopped
-        while self.text in decode(self.tokenizer, kept[:-1]):
-            kept.pop()
-        return kept, text[: text.index(self.text)], True
+        text = text[: text.index(self.text)]
+        whole = bisect.bisect_right(range(len(kept) + 1), len(text), key=lambda n: len(decode(self.tokenizer, kept[:n]))) - 1
+        return kept[:whole], text, True
 
     def reached(self, answers: torch.Tensor) -> torch.Tensor:
         """For each row, whether its newest token completes an end."""
@@ -597,4 +600,4 @@ def _template_of_run(run: Path, tokenizer: Any) -> PromptTemplate:
 
     record = json.loads((run / "template.json").read_text(encoding="utf-8"))
     tokenizer.chat_template = record["source"]
-    return resolve_template(tokenizer)  # type: ignore[no-any-return]
+    return resolve_template(tokenizer)

@@ -21,8 +21,16 @@ from rich.text import Text
 from finetuneflow.errors import FineTuneFlowError
 from finetuneflow.events import Event
 
-console = Console()
-error_console = Console(stderr=True)
+PIPE_WIDTH = 140  # a pipe has no width of its own; rich would wrap at 80
+
+
+def _console(*, stderr: bool = False) -> Console:
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, width=None if is_terminal else PIPE_WIDTH, highlight=False)
+
+
+console = _console()
+error_console = _console(stderr=True)
 
 
 def print_json(value: Any) -> None:
@@ -62,8 +70,12 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
     for index, column in enumerate(columns):
         result.add_column(column, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
-        result.add_row(*(cell if isinstance(cell, Text) else Text(clean("" if cell is None else str(cell))) for cell in row))
+        result.add_row(*(cell if isinstance(cell, Text) else Text(_one_line(cell)) for cell in row))
     return result
+
+
+def _one_line(cell: Any) -> str:
+    return clean("" if cell is None else str(cell)).replace("\n", " ↵ ").replace("\t", " ")
 
 
 def human_bytes(count: float) -> str:

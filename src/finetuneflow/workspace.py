@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +232,7 @@ class Workspace:
     def new_run_dir(self, name: str) -> Path:
         """Create and return a fresh run folder `<name>-<date>-<n>` under `runs/`."""
         check_name(name, what="run name")
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%d")
+        stamp = datetime.now(UTC).strftime("%Y%m%d")
         with translate_os_errors(self.runs_dir):
             self.runs_dir.mkdir(parents=True, exist_ok=True)
             for number in range(1, 10_000):

@@ -35,7 +35,9 @@ def layer(*, r: int = 4, alpha: float = 8, dropout: float = 0.0, rslora: bool = 
 def peft_model(base: Any, *, rslora: bool = False) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=list(TARGETS), use_rslora=rslora, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=12, lora_dropout=0.0, target_modules=list(TARGETS), use_rslora=rslora, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(base, config)
     torch.manual_seed(7)
     for name, parameter in model.named_parameters():

@@ -61,6 +61,7 @@ class HubStandin:
     status_for: dict[str, int] = field(default_factory=dict)
     cut_after: dict[str, int] = field(default_factory=dict)
     cuts_left: int = 0
+    claimed_sizes: dict[str, int] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     port: int = 0
     connections: set[socket.socket] = field(default_factory=set)
@@ -101,6 +102,7 @@ class HubStandin:
     def reset(self) -> None:
         self.status_for.clear()
         self.cut_after.clear()
+        self.claimed_sizes.clear()
         self.requests.clear()
         self.cuts_left = 0
 
@@ -149,7 +151,9 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/models/"):
             return self.describe(name, repo, rest)
         if repo.gated and not signed_in:
-            return self.fail(401 if "Authorization" not in self.headers else 403, "GatedRepo", "Access to this model is restricted")
+            return self.fail(
+                401 if "Authorization" not in self.headers else 403, "GatedRepo", "Access to this model is restricted"
+            )
         _, revision, file = rest.split("/", 2)
         return self.resolve(repo, revision, file)
 
@@ -160,7 +164,9 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def search(self, text: str) -> None:
-        self.send_json([{"id": name, "modelId": name} for name in self.standin.repos if text.split("-")[0].lower() in name.lower()])
+        self.send_json(
+            [{"id": name, "modelId": name} for name in self.standin.repos if text.split("-")[0].lower() in name.lower()]
+        )
 
     def describe(self, name: str, repo: Repo, rest: str) -> None:
         kind, _, tail = rest.partition("/")
@@ -169,7 +175,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(404, "RevisionNotFound", "Invalid rev id")
         if kind == "tree":
             return self.send_json([tree_entry(file, path) for file, path in repo.files.items()])
-        siblings = [{"rfilename": file} for file in repo.files]
+        siblings = [
+            {"rfilename": file, "size": self.standin.claimed_sizes.get(file, p.stat().st_size)} for file, p in repo.files.items()
+        ]
         self.send_json({"id": name, "modelId": name, "sha": repo.commit, "siblings": siblings, "private": False, "tags": []})
 
     def resolve(self, repo: Repo, revision: str, file: str) -> None:
@@ -222,7 +230,12 @@ def tree_entry(name: str, path: Path) -> dict[str, Any]:
 
 def file_headers(repo: Repo, name: str, body: bytes, start: int) -> dict[str, str]:
     etag = hashlib.sha256(body).hexdigest() if is_large(name) else git_hash(body)
-    headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes", "Content-Length": str(len(body) - start)}
+    headers = {
+        "X-Repo-Commit": repo.commit,
+        "ETag": f'"{etag}"',
+        "Accept-Ranges": "bytes",
+        "Content-Length": str(len(body) - start),
+    }
     if start:
         headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
     if is_large(name):
@@ -243,7 +256,12 @@ class Loader:
 
     def __init__(self, endpoint: str, home: Path) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
-        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+        environment |= {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__],
@@ -254,10 +272,16 @@ class Loader:
             text=True,
         )
 
-    def load(self, base: str, *, revision: str | None = None, consent: str | None = None, token: str | None = None) -> dict[str, Any]:
+    def load(
+        self, base: str, *, revision: str | None = None, consent: str | None = None, token: str | None = None
+    ) -> dict[str, Any]:
         """What `load_base` gave: facts and notes, or the error as `{code, message, remedy}`."""
         assert self.process.stdin and self.process.stdout
-        print(json.dumps({"base": base, "revision": revision, "consent": consent, "token": token}), file=self.process.stdin, flush=True)
+        print(
+            json.dumps({"base": base, "revision": revision, "consent": consent, "token": token}),
+            file=self.process.stdin,
+            flush=True,
+        )
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
         return answer
 
@@ -279,9 +303,20 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
     try:
         loaded = load_base(ModelSource(job["base"], job["revision"], job["consent"]), dtype="fp32", device="cpu")
     except FineTuneFlowError as error:
-        return {"code": error.code, "message": error.message, "remedy": error.remedy, "text": str(error), "context": error.context}
+        return {
+            "code": error.code,
+            "message": error.message,
+            "remedy": error.remedy,
+            "text": str(error),
+            "context": error.context,
+        }
     weights = sum(p.double().sum().item() for p in loaded.model.parameters())
-    return {"facts": loaded.facts.to_dict(), "notes": loaded.notes, "weights": weights, "marker": getattr(loaded.model, "marker", None)}
+    return {
+        "facts": loaded.facts.to_dict(),
+        "notes": loaded.notes,
+        "weights": weights,
+        "marker": getattr(loaded.model, "marker", None),
+    }
 
 
 def _serve() -> None:

@@ -75,7 +75,10 @@ def tokenizer_of(pieces: list[Piece]) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    names = [p.text.decode().strip("\n").replace(" ", "▁") if i < 3 else p.text.decode().replace(" ", "▁") for i, p in enumerate(pieces)]
+    names = [
+        p.text.decode().strip("\n").replace(" ", "▁") if i < 3 else p.text.decode().replace(" ", "▁")
+        for i, p in enumerate(pieces)
+    ]
     vocab = {name: index for index, name in enumerate(names)}
     merges = []
     for name in sorted(vocab, key=lambda n: -pieces[vocab[n]].score):
@@ -98,7 +101,9 @@ def greedy_encode(pieces: list[Piece], text: str) -> list[int]:
         known = ids.get(character.encode())
         tokens += [known] if known is not None else [byte + 3 for byte in character.encode()]
     while True:
-        pairs = [(pieces[m].score, -at, m) for at in range(len(tokens) - 1) if (m := _merged(pieces, ids, tokens, at)) is not None]
+        pairs = [
+            (pieces[m].score, -at, m) for at in range(len(tokens) - 1) if (m := _merged(pieces, ids, tokens, at)) is not None
+        ]
         if not pairs:
             return tokens
         _, at, merged = max(pairs)

@@ -222,3 +222,29 @@ def test_weights_that_arrive_damaged_are_refused(hub: HubStandin, loader: Loader
     weights.write_bytes((2**40).to_bytes(8, "little") + weights.read_bytes()[8:])
     hub.repos["acme/lying"] = Repo(folder)
     assert loader.load("acme/lying")["code"] == "MODEL_CORRUPT"
+
+
+def test_an_interrupted_update_leaves_the_older_whole_copy_in_use(hub: HubStandin, loader: Loader, folder: Path) -> None:
+    repo = hub.repos["acme/updated"] = Repo(folder)
+    old = loader.load("acme/updated")["facts"]
+    tiny_model("llama", seed=5).save_pretrained(folder)
+    assert repo.commit != old["commit"]
+    hub.status_for["model.safetensors"] = 403
+    assert "code" in loader.load("acme/updated")
+    with hub.unreachable():
+        assert loader.load("acme/updated")["facts"] == old
+
+
+def test_a_model_larger_than_the_free_disk_is_refused_before_it_is_fetched(hub: HubStandin, loader: Loader, folder: Path) -> None:
+    hub.repos["acme/huge"] = Repo(folder)
+    hub.claimed_sizes["model.safetensors"] = 10**16
+    got = loader.load("acme/huge")
+    assert got["code"] == "STORAGE_DISK_FULL"
+    assert got["context"]["needed_bytes"] == 10**16
+    assert not hub.downloads_of("model.safetensors")
+
+
+def test_an_adapter_on_the_hub_is_not_taken_for_a_base(hub: HubStandin, loader: Loader, folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    hub.repos["acme/adapter"] = Repo(folder)
+    assert loader.load("acme/adapter")["code"] == "MODEL_IS_ADAPTER"

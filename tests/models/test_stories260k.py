@@ -17,8 +17,8 @@ pytestmark = pytest.mark.shared_data
 
 STORY = (
     "Once upon a time, there was a little boy named Tom. Tom had a red ball. He liked to play with it in the park. "
-    "One day, the ball went up into a big tree. Tom was sad. His mom came and said, \"Don't worry, Tom. I can help you.\" "
-    "She took the ball and gave it to Tom. Tom was very happy. He said, \"Thank you, mom!\" They went home and played."
+    'One day, the ball went up into a big tree. Tom was sad. His mom came and said, "Don\'t worry, Tom. I can help you." '
+    'She took the ball and gave it to Tom. Tom was very happy. He said, "Thank you, mom!" They went home and played.'
 )
 
 

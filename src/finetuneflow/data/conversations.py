@@ -11,6 +11,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from finetuneflow.data.examples import Message, Role, ToolCall, visible
@@ -117,7 +118,7 @@ def read_text(value: Any, what: str, notes: list[str]) -> str:
         return value
     if value is None:
         return ""
-    if isinstance(value, bool) or isinstance(value, dict):
+    if isinstance(value, (bool, dict)):
         raise wrong_type(what, value)
     if isinstance(value, int | float):
         notes.append("number_as_text")
@@ -136,7 +137,7 @@ def _read_parts(parts: list[Any], what: str, notes: list[str]) -> str:
         if not isinstance(part, dict):
             raise wrong_type(what, parts)
         kind = str(part.get("type") or "text")
-        if kind.startswith(MEDIA_TYPES) or kind.startswith("input_") and kind not in PART_TEXT_TYPES:
+        if kind.startswith(MEDIA_TYPES) or (kind.startswith("input_") and kind not in PART_TEXT_TYPES):
             raise media_fault(kind)
         text = part.get("text") if part.get("text") is not None else part.get("value")
         if kind not in PART_TEXT_TYPES or not isinstance(text, str):
@@ -179,7 +180,7 @@ def _read_call(call: Any, index: int) -> ToolCall:
     name = body.get("name")
     if not isinstance(name, str) or not name.strip():
         raise bad_call(index, "the call has no function name")
-    arguments = next((body[key] for key in ("arguments", "parameters", "args") if body.get(key) is not None), {})
+    arguments: Any = next((body[key] for key in ("arguments", "parameters", "args") if body.get(key) is not None), {})
     if isinstance(arguments, str):
         arguments = _from_json(arguments, index) if arguments.strip() else {}
     if not isinstance(arguments, dict):
@@ -229,6 +230,8 @@ def trainable(messages: tuple[Message, ...], notes: list[str]) -> tuple[Message,
     are dropped, the same role twice is joined, turns after the last answer are dropped, an empty answer in the middle
     is kept out of the loss.
     """
+    if _is_plain_pair(messages):
+        return messages
     _require_roles(messages)
     turns = _joined(_from_first_prompt(list(messages), notes), notes)
     turns = _until_last_answer(turns, notes)
@@ -237,6 +240,15 @@ def trainable(messages: tuple[Message, ...], notes: list[str]) -> tuple[Message,
         raise RowFault("ROW_NOTHING_SUPERVISED", "every assistant turn has the weight 0", "Give at least one answer a weight above 0.")
     _check_tool_turns(turns, notes)
     return tuple(turns)
+
+
+def _is_plain_pair(messages: tuple[Message, ...]) -> bool:
+    """One prompt and one answer with text: by far the most frequent case, and nothing to repair."""
+    if len(messages) != 2:
+        return False
+    prompt, answer = messages
+    texts = prompt.content.strip() and answer.content.strip()
+    return bool(texts) and prompt.role == "user" and answer.role == "assistant" and answer.weight > 0
 
 
 def prompt_messages(messages: tuple[Message, ...], notes: list[str]) -> tuple[Message, ...]:
@@ -283,21 +295,23 @@ def _from_first_prompt(turns: list[Message], notes: list[str]) -> list[Message]:
 
 def _joined(turns: list[Message], notes: list[str]) -> list[Message]:
     result: list[Message] = []
-    for turn in turns:
-        if result and result[-1].role == turn.role and turn.role != "tool":
-            notes.append("same_role_twice")
-            result[-1] = _join(result[-1], turn)
+    for role, group in groupby(turns, key=lambda turn: turn.role):
+        run = list(group)
+        if len(run) == 1 or role == "tool":
+            result += run
         else:
-            result.append(turn)
+            notes.append("same_role_twice")
+            result.append(_join(run))
     return result
 
 
-def _join(first: Message, second: Message) -> Message:
-    if first.weight != second.weight and not is_blank_answer(first) and not is_blank_answer(second):
-        raise RowFault("ROW_SAME_ROLE_TWICE", "two assistant turns in a row with different weights", "Join them, or put the user's turn between them.")
-    texts = [turn.content for turn in (first, second) if turn.content.strip()]
-    weight = second.weight if is_blank_answer(first) else first.weight
-    return replace(first, content="\n\n".join(texts), tool_calls=first.tool_calls + second.tool_calls, weight=weight)
+def _join(run: list[Message]) -> Message:
+    said = [turn for turn in run if not is_blank_answer(turn)] or run
+    if len({turn.weight for turn in said}) > 1:
+        raise RowFault("ROW_SAME_ROLE_TWICE", "assistant turns in a row with different weights", "Join them, or put the user's turn between them.")
+    texts = [turn.content for turn in run if turn.content.strip()]
+    calls = tuple(call for turn in run for call in turn.tool_calls)
+    return replace(said[0], content="\n\n".join(texts), tool_calls=calls)
 
 
 def _until_last_answer(turns: list[Message], notes: list[str]) -> list[Message]:
@@ -320,24 +334,23 @@ def _silenced(turn: Message, notes: list[str]) -> Message:
 
 
 def _check_tool_turns(turns: list[Message], notes: list[str]) -> None:
-    open_calls: Message | None = None
+    caller: Message | None = None  # the last turn that is no tool result
     for index, turn in enumerate(turns):
         if turn.role == "tool":
-            _check_result(turns, index, open_calls, notes)
+            _check_result(turn, index, caller, notes)
             continue
-        if turn.role == "user" and open_calls is not None and turns[index - 1] is open_calls:
+        if turn.role == "user" and caller is not None and caller.tool_calls and turns[index - 1] is caller:
             notes.append("tool_call_without_result")
-        open_calls = turn if turn.tool_calls else None
+        caller = turn
 
 
-def _check_result(turns: list[Message], index: int, open_calls: Message | None, notes: list[str]) -> None:
-    if open_calls is None:
-        caller = next((turn for turn in reversed(turns[:index]) if turn.role != "tool"), None)
+def _check_result(result: Message, index: int, caller: Message | None, notes: list[str]) -> None:
+    if caller is None or not caller.tool_calls:
         if caller is None or caller.role != "assistant" or not CALL_IN_TEXT.search(caller.content):
             raise RowFault("ROW_BAD_TOOL_CALL", f"turn {index}: a tool result without a call before it", "Put the assistant's tool call before its result.")
         notes.append("tool_call_as_text")
         return
-    ids = {call.id for call in open_calls.tool_calls if call.id}
-    answered = turns[index].tool_call_id
-    if ids and answered is not None and answered not in ids:
-        raise RowFault("ROW_BAD_TOOL_CALL", f"turn {index}: result for the unknown call {visible(answered, 40)!r}", "`tool_call_id` must name a call of the turn before.")
+    answered = result.tool_call_id
+    ids = {call.id for call in caller.tool_calls if call.id} if answered is not None else set()
+    if ids and answered not in ids:
+        raise RowFault("ROW_BAD_TOOL_CALL", f"turn {index}: result for the unknown call {visible(str(answered), 40)!r}", "`tool_call_id` must name a call of the turn before.")

@@ -79,7 +79,7 @@ class Encoder:
             elif token.content.strip() and token.content in markup:
                 self.written[token.content] = int(token_id)
         self.control = {**self.special, **self.written}
-        self.added = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
+        self.added = {str(token.content): int(token_id) for token_id, token in tokenizer.added_tokens_decoder.items()}
         if len(self.control) > _RANGE:
             raise DataError("TOKENIZER_UNSUPPORTED", f"The tokenizer has more than {_RANGE:,} control tokens.")
         self._number = {content: number for number, content in enumerate(self.control)}
@@ -123,10 +123,10 @@ class Encoder:
 
     def _encode_with_twin(self, text: str) -> Encoded:
         twin, true_ids = self._twin
-        named = self._in_people.sub(lambda found: chr(_IN_TWIN + self._number[found[0]]) * len(found[0]), text)
+        named = self._in_people.sub(lambda found: self._name_in_twin(found[0]), text)
         encoding = twin.encode(self.restore(named), add_special_tokens=False)
         forbidden = set(self.control.values())
-        if any(token_id in forbidden for token_id in encoding.ids):
+        if any(token_id in forbidden and token_id not in true_ids for token_id in encoding.ids):
             raise DataError(
                 "TEXT_FORGES_CONTROL",
                 "The text holds the name of a control token, and this tokenizer cannot write that name as plain text.",
@@ -136,17 +136,23 @@ class Encoder:
 
     @cached_property
     def _twin(self) -> tuple[Any, dict[int, int]]:
-        """The tokenizer with renamed control tokens, and the way from its ids back to the true ones."""
+        """The tokenizer with renamed control tokens, and the way from its ids of added tokens to the true ones.
+
+        A renamed token that stood in the model's vocabulary gets a new id, and those added after it move up.
+        """
         from tokenizers import Tokenizer
 
         description = json.loads(self._backend.to_str())
         description["truncation"] = description["padding"] = None
         for token in description["added_tokens"]:
-            if token["content"] in self._number:
-                token["content"] = chr(_IN_TWIN + self._number[token["content"]]) * len(token["content"])
-        twin = Tokenizer.from_str(json.dumps(description))
-        names = {content: chr(_IN_TWIN + number) * len(content) for content, number in self._number.items()}
-        return twin, {twin.token_to_id(names[content]): true for content, true in self.control.items()}
+            token["content"] = self._name_in_twin(token["content"])
+        twin: Any = Tokenizer.from_str(json.dumps(description))
+        true_ids = {twin.token_to_id(self._name_in_twin(content)): true for content, true in self.added.items()}
+        return twin, true_ids
+
+    def _name_in_twin(self, content: str) -> str:
+        number = self._number.get(content)
+        return content if number is None else chr(_IN_TWIN + number) * len(content)
 
 
 _STAND_INS = re.compile("[\U00100000-\U00103fff]+")
@@ -157,6 +163,8 @@ def _restored(run: str, content: dict[str, str]) -> str:
     pieces, position = [], 0
     while position < len(run):
         token = content[run[position]]
+        if run[position : position + len(token)] != run[position] * len(token):
+            raise DataError("TEXT_FORGES_CONTROL", "The chat template cuts through the name of a control token in the text.")
         pieces.append(token)
         position += len(token)
     return "".join(pieces)

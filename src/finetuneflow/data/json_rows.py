@@ -18,6 +18,7 @@ from finetuneflow.data.streams import Limits, is_clean
 BLOCK_CHARS = 1024 * 1024
 BLANK = re.compile(r"[ \t\r\n\ufeff]*")
 FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\\n]|\\.){0,200})"\s*:')
+SURROGATE = re.compile("[\ud800-\udfff]")
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
 
 
@@ -116,7 +117,8 @@ def nul_fault() -> Fault:
 
 def invalid_text(raw: str) -> Fault:
     """Bytes that are not valid in the file's encoding (marked by lone surrogates, see `streams`)."""
-    position = next(i for i, char in enumerate(raw) if "\ud800" <= char <= "\udfff")
+    found = SURROGATE.search(raw)
+    position = found.start() if found else 0
     shown = visible(raw[max(0, position - 20) : position + 20], 80)
     return Fault("ROW_INVALID_ENCODING", f"bytes that are not valid text: …{shown}…", "Convert the file to UTF-8 (for example: iconv -f cp1252 -t utf-8).", position + 1)
 
@@ -131,10 +133,10 @@ def json_fault(error: json.JSONDecodeError, start: int = 0) -> Fault:
 
 def _json_hint(error: json.JSONDecodeError) -> str:
     here = error.doc[error.pos : error.pos + 1]
-    before = error.doc[: error.pos].rstrip()[-1:]
+    before = error.doc[max(0, error.pos - 200) : error.pos].rstrip()[-1:]
     if here == "'":
         return "JSON strings use double quotes; this looks like printed Python. Write rows with json.dumps."
-    if before == "," and here in ("}", "]", '"') or (error.msg.startswith(("Expecting property name", "Illegal trailing comma"))):
+    if (before == "," and here in ("}", "]", '"')) or (error.msg.startswith(("Expecting property name", "Illegal trailing comma"))):
         return "Remove the comma before the closing bracket, and quote every key."
     if error.msg.startswith("Invalid control character"):
         return "A line break or control character inside a string must be written as \\n or \\u00XX."

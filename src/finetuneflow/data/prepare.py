@@ -41,7 +41,7 @@ class Recipe:
     limit: int | None = None
     reject_threshold: float = 0.1
     takes: frozenset[Kind] = frozenset({"chat", "text"})
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)
     seed: int = 42
 
 

@@ -8,13 +8,18 @@ Place in the flow: `examples.to_examples` -> **quality.inspect** -> the report b
 from __future__ import annotations
 
 import bisect
+import gc
+import importlib
 import random
+import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from finetuneflow.data.examples import NOTES, Example, Mapping, Problem, to_examples
 from finetuneflow.data.similarity import Signatures, compared_text, exact_key
@@ -28,8 +33,23 @@ LANGUAGE_SAMPLE = 300
 LANGUAGE_MIN_CHARS, LANGUAGE_MAX_CHARS = 40, 600
 LENGTH_EDGES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
-Measure = Callable[[Example], tuple[int, int, int]]
-"""(tokens, supervised tokens, supervised tokens lost at the length limit) of one example; the tokens room supplies it."""
+MEASURE_BATCH = 512
+GC_ALLOCATIONS = 100_000  # rows are short-lived and hold no cycles; the default of 700 costs a fifth of the time
+
+
+class Measured(Protocol):
+    """Sizes of one example in tokens: all, those in the loss, and those of the latter beyond the length limit."""
+
+    @property
+    def total_tokens(self) -> int: ...
+    @property
+    def supervised_tokens(self) -> int: ...
+    @property
+    def answer_tokens_lost(self) -> int: ...
+
+
+Measure = Callable[[Sequence[Example]], Iterable[Measured | Problem]]
+"""Sizes of a batch of examples, in order; `tokens.measure` with its template and policy bound is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +127,9 @@ class FileReport:
             "warnings": list(self.warnings),
         }
         if self.source is not None:
-            names = ("format", "compression", "encoding", "delimiter")
-            result |= {name: getattr(self.source, name) for name in names}
+            result |= {name: getattr(self.source, name) for name in ("format", "compression", "encoding", "delimiter")}
         if self.tokens is not None:
-            names = ("total", "supervised", "supervised_share", "shortest", "median", "p95", "longest", "histogram", "max_length", "rows_over", "answer_tokens_lost")
-            result["tokens"] = {name: getattr(self.tokens, name) for name in names}
+            result["tokens"] = {**asdict(self.tokens), "supervised_share": self.tokens.supervised_share}
         return result if self.error is None else result | {"error": self.error}
 
 
@@ -161,20 +179,47 @@ def inspect_examples(
     near_duplicates: bool = True,
 ) -> FileReport:
     """Report on examples and problems from anywhere, in the order of their rows."""
-    tally = _Tally(measure, near_duplicates)
-    for item in items:
-        if isinstance(item, Problem):
-            tally.add_problem(item)
-        else:
-            tally.add_example(item)
-    return tally.report(file, source, max_length)
+    tally = _Tally(near_duplicates)
+    with _rare_garbage_collection():
+        for item in items if measure is None else _measured(items, measure, tally):
+            if isinstance(item, Problem):
+                tally.add_problem(item)
+            else:
+                tally.add_example(item)
+        return tally.report(file, source, max_length)
+
+
+def _measured(items: Iterable[Example | Problem], measure: Measure, tally: _Tally) -> Iterator[Example | Problem]:
+    """Pass items through in batches, sizes going to the tally; an example that cannot be tokenized becomes its problem."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, MEASURE_BATCH)):
+        sizes = iter(measure([item for item in batch if isinstance(item, Example)]))
+        for item in batch:
+            if isinstance(item, Problem):
+                yield item
+                continue
+            size = next(sizes)
+            if isinstance(size, Problem):
+                yield size
+            else:
+                tally.add_size(size)
+                yield item
+
+
+@contextmanager
+def _rare_garbage_collection() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(GC_ALLOCATIONS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class _Tally:
     """The running counts of one file."""
 
-    def __init__(self, measure: Measure | None, near_duplicates: bool) -> None:
-        self._measure = measure
+    def __init__(self, near_duplicates: bool) -> None:
         self._near = Signatures() if near_duplicates else None
         self._near_keys = array("Q")
         self._keys = array("Q")
@@ -205,11 +250,11 @@ class _Tally:
             self._near.add(example)
             self._near_keys.append(key)
         self._sample.add(example)
-        if self._measure is not None:
-            total, supervised, lost = self._measure(example)
-            self._lengths.append(total)
-            self._supervised += supervised
-            self._lost += lost
+
+    def add_size(self, size: Measured) -> None:
+        self._lengths.append(size.total_tokens)
+        self._supervised += size.supervised_tokens
+        self._lost += size.answer_tokens_lost
 
     def _count_row(self, row: int, shape: str) -> None:
         if row == self._last_row:
@@ -303,6 +348,7 @@ class _TextSample:
         self.texts: list[str] = []
         self._seen = 0
         self._random = random.Random(0)
+        self._loading: threading.Thread | None = None
 
     def add(self, example: Example) -> None:
         slot = self._seen if self._seen < LANGUAGE_SAMPLE else int(self._random.random() * (self._seen + 1))
@@ -312,19 +358,31 @@ class _TextSample:
         text = compared_text(example)
         if len(text) < LANGUAGE_MIN_CHARS:
             return
+        self._start_loading()
         self._seen += 1
         if slot < len(self.texts):
             self.texts[slot] = text[:LANGUAGE_MAX_CHARS]
         else:
             self.texts.append(text[:LANGUAGE_MAX_CHARS])
 
+    def _start_loading(self) -> None:
+        """Unpacking the language model takes most of a second and frees the interpreter: it runs beside the reading."""
+        if self._loading is None:
+            self._loading = threading.Thread(target=_load_language_model, daemon=True)
+            self._loading.start()
+
     def languages(self) -> dict[str, int]:
         """Language code -> number of sampled texts, most frequent first."""
-        if not self.texts:
+        if self._loading is None:
             return {}
+        self._loading.join()
         import py3langid
 
         return dict(Counter(str(py3langid.classify(text)[0]) for text in self.texts).most_common())
+
+
+def _load_language_model() -> None:
+    importlib.import_module("py3langid").classify("")
 
 
 def check_threshold(report: FileReport, limit: float = 0.1) -> None:

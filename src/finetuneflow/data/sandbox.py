@@ -132,7 +132,7 @@ class _MeteredNodes(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        joined = node.nodes[0]
+        joined: nodes.Expr = node.nodes[0]
         for part in node.nodes[1:]:
             joined = _metered(nodes.Concat([joined, part], lineno=node.lineno), "_metered")
         return joined
@@ -160,8 +160,8 @@ class _MeteredNodes(NodeTransformer):
         return node if len(node.data) <= 256 else nodes.Const(node.data, lineno=node.lineno)
 
 
-def _metered(node: nodes.Expr, name: str) -> nodes.Expr:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+def _metered(node: nodes.Node, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)  # Jinja reads these fields by position
 
 
 class _SafeNamespace(Namespace):

@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -25,18 +25,18 @@ from finetuneflow.data.conversations import (
     read_text,
     read_tools,
     trainable,
-    type_name,
     wrong_type,
 )
 from finetuneflow.data.examples import NOTES, Example, Mapping, Message, Place, Problem, visible
 from finetuneflow.data.sources import Row, column_key
 from finetuneflow.data.trees import FlatTrees, best_path, every_path
+from finetuneflow.errors import DataError
 
 MESSAGE_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 QUESTION_KEYS = ("question", "query", "problem", "user", "human")
 ANSWER_KEYS = ("output", "answer", "response", "completion", "best_answer", "canonical_solution", "solution", "target", "answers", "reply", "assistant")
 TEXT_KEYS = ("text", "content", "document", "body", "page_content", "passage", "string")
-MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA_KEYS = frozenset(("images", "image", "videos", "video", "audios", "audio"))
 GROUP_KEYS = ("group", "document_id", "doc_id", "source_document", "conversation_id", "message_tree_id")
 SYSTEM_KEYS = ("system", "system_prompt")
 
@@ -47,11 +47,9 @@ NO_INPUT = re.compile(
 )
 PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_]\w*\s*\}\}")
 END_MARKERS = ("###eos_token###", "</s>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<eos>")
-ALPACA_PROMPT = re.compile(
-    r"\s*(?:Below is an instruction that describes a task[^\n]*\n+)?###\s*Instruction:\s*\n(?P<instruction>.*?)"
-    r"(?:\n\s*###\s*Input:\s*\n(?P<input>.*?))?\n\s*###\s*Response:(?P<response>.*)",
-    re.DOTALL,
-)
+ALPACA_PREAMBLE = "Below is an instruction that describes a task"
+INSTRUCTION_MARK, INPUT_MARK, RESPONSE_MARK = "### Instruction:", "\n### Input:", "\n### Response:"
+MARKER_CHARS = 80  # an input that says there is none is never longer
 TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 COLUMN_IN_TEMPLATE = re.compile(r"\{([^{}]+)\}")
 
@@ -68,7 +66,10 @@ class Cells:
 
     def first(self, keys: Sequence[str]) -> str | None:
         """The first of `keys` that the row has."""
-        return next((key for key in keys if key in self.values), None)
+        for key in keys:
+            if key in self.values:
+                return key
+        return None
 
     def text(self, key: str) -> str:
         return read_text(self.values[key], f"`{key}`", self.notes)
@@ -99,7 +100,7 @@ class ShapeReader:
             return
         cells = Cells(row.place, canonical_cells(row.fields), self._tree_paths)
         if is_flat_message(cells):
-            if self._trees.starts_new(cells.values):
+            if self._trees.starts_new(cells.values) or self._trees.is_full():
                 yield from self.finish()
             self._trees.add(row.place, cells.values)
             return
@@ -115,10 +116,9 @@ class ShapeReader:
             if root is not None:
                 cells = Cells(places[0], {"prompt": root}, self._tree_paths, "oasst-flat")
                 for result in self._read_cells(cells, read_tree):
-                    rejected = isinstance(result, Problem)
                     yield result
-                    if rejected and isinstance(result, Problem):
-                        yield from (Problem(place, result.code, result.found, result.hint, result.shape) for place in places[1:])
+                    if isinstance(result, Problem):  # the whole tree is lost: every row of it counts
+                        yield from (replace(result, place=place) for place in places[1:])
 
     @staticmethod
     def _read_cells(cells: Cells, reader: Reader) -> Iterator[Example | Problem]:
@@ -141,9 +141,11 @@ def canonical_cells(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_media(cells: Cells) -> None:
-    for key in MEDIA_KEYS:
-        if cells.values.get(key):
-            raise media_fault(key)
+    if MEDIA_KEYS.isdisjoint(cells.values):
+        return
+    key = next((key for key in sorted(MEDIA_KEYS) if cells.values.get(key)), None)
+    if key is not None:
+        raise media_fault(key)
 
 
 def is_flat_message(cells: Cells) -> bool:
@@ -178,7 +180,7 @@ def detect(keys: frozenset[str]) -> tuple[str, Reader]:
 def _detect_pair(keys: frozenset[str]) -> tuple[str, Reader]:
     prompts, answer = prompt_columns(keys), next((key for key in ANSWER_KEYS if key in keys), None)
     if prompts and answer:
-        if "kto_tag" in keys or {"prompt", "label"} <= keys and answer in ("completion", "response"):
+        if "kto_tag" in keys or ({"prompt", "label"} <= keys and answer in ("completion", "response")):
             return "kto-prompt", read_unpaired
         return "+".join((*prompts, answer)), read_pair
     text = next((key for key in TEXT_KEYS if key in keys), None)
@@ -191,6 +193,7 @@ def _detect_pair(keys: frozenset[str]) -> tuple[str, Reader]:
     return "", refuse_unknown
 
 
+@lru_cache(maxsize=4096)
 def prompt_columns(keys: frozenset[str]) -> tuple[str, ...]:
     """The columns that make up the prompt, in the order in which they are put together.
 
@@ -213,9 +216,8 @@ def prompt_columns(keys: frozenset[str]) -> tuple[str, ...]:
 
 def read_pair(cells: Cells) -> list[Example]:
     """instruction/input/output and its synonyms."""
-    keys = frozenset(cells.values)
-    columns = prompt_columns(keys)
-    answer_key = next(key for key in ANSWER_KEYS if key in keys)
+    columns = prompt_columns(frozenset(cells.values))
+    answer_key = next(key for key in ANSWER_KEYS if key in cells.values)
     refuse_chat_prompt(cells, columns[0])
     prompt = unwrap_alpaca(join_prompt(cells, columns), cells.notes)
     turns = [*system_turn(cells), *history_turns(cells), Message("user", prompt), Message("assistant", read_answer(cells, answer_key))]
@@ -226,12 +228,16 @@ def join_prompt(cells: Cells, columns: Sequence[str]) -> str:
     parts = []
     for key in columns:
         part = cells.text(key)
-        if key in ("input", "context") and len(columns) > 1 and NO_INPUT.fullmatch(part):
+        if key in ("input", "context") and len(columns) > 1 and says_no_input(part):
             cells.notes.append("no_input_marker")
             continue
         if part.strip():
             parts.append(part)
     return "\n\n".join(parts)
+
+
+def says_no_input(text: str) -> bool:
+    return len(text) <= MARKER_CHARS and NO_INPUT.fullmatch(text) is not None
 
 
 def refuse_chat_prompt(cells: Cells, column: str) -> None:
@@ -246,37 +252,47 @@ def read_answer(cells: Cells, key: str) -> str:
         value = value["text"]  # SQuAD: {"text": [...], "answer_start": [...]}
     if isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value):
         cells.notes.append("first_of_several")
-        value = value[:1]
+        value = value[0]
     return without_end_marker(read_text(value, f"`{key}`", cells.notes), cells.notes)
 
 
 def without_end_marker(answer: str, notes: list[str]) -> str:
     stripped = answer.rstrip()
-    marker = next((marker for marker in END_MARKERS if stripped.endswith(marker)), None)
-    if marker is None:
+    if not stripped.endswith(END_MARKERS):
         return answer
+    marker = next(marker for marker in END_MARKERS if stripped.endswith(marker))
     notes.append("end_marker_removed")
     return stripped.removesuffix(marker).rstrip()
 
 
 def unwrap_alpaca(prompt: str, notes: list[str]) -> str:
     """The instruction and input inside an applied Alpaca prompt, when it is exactly that; else the prompt as it is."""
-    if "### Instruction:" not in prompt:
+    if INSTRUCTION_MARK not in prompt:
         return prompt
-    found = ALPACA_PROMPT.fullmatch(prompt)
-    if found is None or found["response"].strip() or prompt.count("### Instruction:") > 1:
+    parts = alpaca_parts(prompt, notes)
+    if parts is None or parts[1]:
         notes.append("alpaca_prompt_kept")
         return prompt
     notes.append("alpaca_prompt_unwrapped")
-    return _alpaca_parts(found, notes)
+    return parts[0]
 
 
-def _alpaca_parts(found: re.Match[str], notes: list[str]) -> str:
-    extra = found["input"] or ""
-    if NO_INPUT.fullmatch(extra):
+def alpaca_parts(text: str, notes: list[str]) -> tuple[str, str] | None:
+    """Prompt (instruction and input) and response of an Alpaca prompt; None unless the text is exactly one.
+
+    "Exactly" means: each mark once, in order, and nothing before the first but the original preamble.
+    """
+    if any(text.count(mark) > 1 for mark in (INSTRUCTION_MARK, INPUT_MARK, RESPONSE_MARK)):
+        return None
+    before, _, rest = text.partition(INSTRUCTION_MARK)
+    body, mark, response = rest.partition(RESPONSE_MARK)
+    if not mark or (before.strip() and not before.strip().startswith(ALPACA_PREAMBLE)):
+        return None
+    instruction, _, extra = (part.strip() for part in body.partition(INPUT_MARK))
+    if extra and says_no_input(extra):
         notes.append("no_input_marker")
         extra = ""
-    return "\n\n".join(part for part in (found["instruction"].strip(), extra.strip()) if part)
+    return "\n\n".join(part for part in (instruction, extra) if part), response.strip()
 
 
 def system_turn(cells: Cells) -> list[Message]:
@@ -306,12 +322,14 @@ def chat(cells: Cells, turns: Sequence[Message], tools: tuple[dict[str, Any], ..
 
 
 def note_placeholders(texts: Iterator[str], notes: list[str]) -> None:
-    if any("{{" in text and PLACEHOLDER.search(text) for text in texts):
-        notes.append("placeholder")
+    for text in texts:
+        if "{{" in text and PLACEHOLDER.search(text):
+            notes.append("placeholder")
+            return
 
 
 def unique(notes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(notes))
+    return tuple(dict.fromkeys(notes)) if notes else ()
 
 
 def read_self_instruct(cells: Cells) -> list[Example]:
@@ -347,12 +365,11 @@ def read_plain_text(cells: Cells) -> list[Example]:
     if turns is not None and turns[0].role == "user":
         cells.shape = "hh-rlhf"
         return [chat(cells, turns)]
-    if "### Instruction:" in text:
-        found = ALPACA_PROMPT.fullmatch(text)
-        if found is not None and text.count("### Instruction:") == 1 and found["response"].strip():
+    if INSTRUCTION_MARK in text:
+        parts = alpaca_parts(text, cells.notes)
+        if parts is not None and all(parts):
             cells.notes.append("alpaca_prompt_unwrapped")
-            answer = without_end_marker(found["response"].strip(), cells.notes)
-            return [chat(cells, [Message("user", _alpaca_parts(found, cells.notes)), Message("assistant", answer)])]
+            return [chat(cells, [Message("user", parts[0]), Message("assistant", without_end_marker(parts[1], cells.notes))])]
         cells.notes.append("alpaca_prompt_kept")
     note_placeholders(iter((text,)), cells.notes)
     return [Example("text", cells.place, cells.shape, text=text, group=cells.group(), notes=unique(cells.notes))]
@@ -591,9 +608,10 @@ def refuse_unknown(cells: Cells) -> list[Example]:
 
 def _nearest_columns(names: list[str], values: dict[str, Any]) -> str:
     known = ("instruction", *QUESTION_KEYS, "prompt", *ANSWER_KEYS, *TEXT_KEYS, *MESSAGE_KEYS, "chosen", "rejected")
-    for name in names:
-        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
-            return f"Column `{visible(name, 40)}`: did you mean `{close[0]}`? Rename it, or name the columns with a mapping."
+    guesses = [(name, difflib.get_close_matches(name[:60], known, n=1, cutoff=0.75)) for name in names[:20]]
+    meant = [f"column `{visible(name, 40)}`: did you mean `{close[0]}`?" for name, close in guesses if close]
+    if meant:
+        return f"{'; '.join(meant[:3])} Rename it, or name the columns with a mapping."
     inside = next((name for name in names if isinstance(values[name], list) and values[name] and isinstance(values[name][0], dict)), None)
     if inside is not None:
         return f"The examples seem to lie under `{visible(inside, 40)}`: write that list alone to a file."
@@ -610,8 +628,6 @@ class MappedReader:
         self._mapping = mapping
         given = {name for name in mapping.__slots__ if getattr(mapping, name)}
         if not (given & {"messages", "text"} or {"prompt", "answer"} <= given or {"chosen", "rejected"} <= given):
-            from finetuneflow.errors import DataError
-
             raise DataError(
                 "DATASET_BAD_MAPPING",
                 f"The mapping names {', '.join(sorted(given)) or 'nothing'}, which is not enough to make an example.",
@@ -646,24 +662,16 @@ class MappedReader:
 
     def _examples(self, cells: Cells) -> list[Example]:
         if {"chosen", "rejected"} <= cells.values.keys():
-            [pair] = read_preference(cells)
-            cells.shape = "mapped"
-            return [_reshaped(pair, "mapped")]
+            return [replace(pair, shape="mapped") for pair in read_preference(cells)]
         if "label" in cells.values:
             return read_unpaired(cells)
         if "messages" in cells.values:
-            return [_reshaped(example, "mapped") for example in read_chat(cells)]
+            return [replace(example, shape="mapped") for example in read_chat(cells)]
         if "prompt" in cells.values and "output" in cells.values:
             return read_pair(cells)
         if "text" in cells.values:
             return [_text_example(cells)]
         raise RowFault("ROW_NO_ANSWER" if "prompt" in cells.values else "ROW_NO_PROMPT", "a mapped column is empty in this row", "Fill it, or remove the row.")
-
-
-def _reshaped(example: Example, shape: str) -> Example:
-    from dataclasses import replace
-
-    return replace(example, shape=shape)
 
 
 def _text_example(cells: Cells) -> Example:

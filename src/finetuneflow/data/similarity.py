@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from finetuneflow.data.examples import Example, Message
@@ -112,7 +113,7 @@ def _signatures(words: list[list[str]]) -> Any:
 
     hashes = RMinHash.hash_token_sets(words)
     lengths = np.fromiter((len(row) for row in hashes), dtype=np.int64, count=len(hashes))
-    flat = np.fromiter((value for row in hashes for value in row), dtype=np.uint64, count=int(lengths.sum()))
+    flat = np.fromiter(chain.from_iterable(hashes), dtype=np.uint64, count=int(lengths.sum()))
     pairs, offsets = _word_pairs(flat, lengths)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(pairs, offsets, num_perm=PERMUTATIONS, seed=SEED)
     return np.array(matrix.to_rows(), dtype=np.uint32)

@@ -17,6 +17,7 @@ What becomes a row:
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import re
@@ -34,6 +35,7 @@ from finetuneflow.data.json_rows import (
     invalid_text,
     nul_fault,
     numbered_lines,
+    strings_in,
     too_long,
     values_by_line,
 )
@@ -56,8 +58,7 @@ DOCUMENT_LINE_CHARS = 200
 PARQUET_BATCH_ROWS = 256
 # Column names that make a table of a file not named .csv or .tsv: prose has commas too.
 KNOWN_COLUMNS = frozenset(
-    "instruction input output question answer prompt completion response query text content context system "
-    "messages conversations chosen rejected label title best_answer".split()
+    ["instruction", "input", "output", "question", "answer", "prompt", "completion", "response", "query", "text", "content", "context", "system", "messages", "conversations", "chosen", "rejected", "label", "title", "best_answer"]
 )
 
 
@@ -135,17 +136,17 @@ def sniff(path: str | Path, *, encoding: str | None = None, limits: Limits | Non
         compression = stream.compression
         if stream.damage and not probe:
             raise _not_a_dataset(path, f"its {compression} data is damaged from the start ({stream.damage})", "Download or compress it again.")
-    if not probe.strip():
-        raise DataError("DATASET_EMPTY", f"{path.name} is empty.", where=str(path), remedy="Give a file with at least one example.")
     if probe.startswith(b"PAR1"):
         return SourceInfo("parquet", compression)
     _refuse_other_files(path, probe)
     if encoding is not None:
         _check_encoding(encoding, path)
     wide = encoding or wide_encoding(probe)
-    if wide is None and probe.count(0) > len(probe) // 100:
+    if wide is None and len(CONTROL_BYTE.findall(probe)) > max(4, len(probe) // 50):
         raise _not_a_dataset(path, "it holds binary data", "Give JSON, CSV, Parquet or text.")
     text = probe.decode(wide or "utf-8", "replace")
+    if not text.strip(" \t\r\n\ufeff"):
+        raise DataError("DATASET_EMPTY", f"{path.name} is empty.", where=str(path), remedy="Give a file with at least one example.")
     whole = len(probe) < PROBE_BYTES
     kind = _json_format(text, whole)
     if kind is not None:
@@ -182,8 +183,9 @@ OTHER_FILES: tuple[tuple[bytes, str, str], ...] = (
     (b"\xff\xd8\xff", "it is an image", "Give text data."),
     (b"GGUF", "it is a model file", "Give a dataset; models are named in the run file."),
 )
-HTML_START = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head)\b", re.IGNORECASE | re.DOTALL)
+HTML_START = re.compile(rb"\s*(?>(?:<!--.*?-->\s*)*)<(?:!doctype\s+html|html|head)\b", re.IGNORECASE | re.DOTALL)
 TAR_MAGIC_AT = 257
+CONTROL_BYTE = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")  # not tab, line ends, form feed, escape
 
 
 def _refuse_other_files(path: Path, probe: bytes) -> None:
@@ -202,7 +204,7 @@ def _not_a_dataset(path: Path, what: str, remedy: str) -> DataError:
 
 def _check_encoding(encoding: str, path: Path) -> None:
     try:
-        b"".decode(encoding)
+        codecs.lookup(encoding)
     except LookupError as error:
         raise DataError("DATASET_UNREADABLE", f"There is no encoding {encoding!r}.", where=str(path), remedy="For example: utf-8, utf-16, cp1252.") from error
 
@@ -249,7 +251,7 @@ def _ends_inside(line: str) -> bool | None:
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
-        return error.pos >= len(line) or error.msg.startswith("Expecting") and not line[error.pos :].strip()
+        return error.pos >= len(line) or (error.msg.startswith("Expecting") and not line[error.pos :].strip())
     except (ValueError, RecursionError):
         return False
     return None
@@ -296,7 +298,7 @@ def _table_score(text: str, delimiter: str, whole: bool, named_table: bool) -> f
     if not whole and len(rows) > 2:
         rows.pop()
     header = [cell.strip() for cell in rows[0]] if rows else []
-    if len(header) < 2 or len(rows) < 2 and not named_table or any(len(cell) > 64 for cell in header):
+    if len(header) < 2 or (len(rows) < 2 and not named_table) or any(len(cell) > 64 for cell in header):
         return 0.0
     known = KNOWN_COLUMNS.intersection(column_key(cell) for cell in header)
     if not named_table and not known:
@@ -362,10 +364,10 @@ def _table_row(header: list[str], cells: list[str]) -> dict[str, Any] | Fault:
 
 def _checked_strings(fields: dict[str, Any]) -> dict[str, Any] | Fault:
     for value in fields.values():
-        if isinstance(value, str):
-            if not is_clean(value):
-                return invalid_text(value)
-            if "\0" in value:
+        for text in (value,) if isinstance(value, str) else strings_in(value):
+            if not is_clean(text):
+                return invalid_text(text)
+            if "\0" in text:
                 return nul_fault()
     return fields
 
@@ -437,7 +439,7 @@ def _seekable(path: Path, info: SourceInfo, limits: Limits) -> IO[bytes]:
     """Parquet is read from its end: a compressed one is unpacked into a temporary file that vanishes on close."""
     if info.compression is None:
         return path.open("rb")
-    file = cast(IO[bytes], tempfile.TemporaryFile())
+    file = cast(IO[bytes], tempfile.TemporaryFile())  # noqa: SIM115 - the caller closes it
     with open_bytes(path, limits) as (reader, _):
         while block := reader.read(BLOCK_BYTES):
             file.write(block)

@@ -68,11 +68,13 @@ class Anatomy:
 
     `prompt_end`: the assistant's header as far as it never changes. `header`: a header that the template writes before an
     answer but leaves out of the generation prompt. `turn_end`: the text that ends a turn ("" if there is none).
+    `lead`: what the model writes itself before a plain answer's first character (a space, mostly nothing).
     `exact`: the generation prompt stands before the answer character for character.
     """
 
     prompt_end: str
     header: str
+    lead: str
     turn_end: str
     generation_prompt: bool
     exact: bool
@@ -105,11 +107,13 @@ def probe(render: Render, is_token: Callable[[str], str | None]) -> Anatomy:
     prompted = before[:matched]
     gap = before[len(prompted) :]
     reasoned = {"role": "assistant", "content": "<think>\nR\n</think>\n\nA"}
+    header = "" if has_prompt or not gap.strip() else gap
     thinking = _after(render([question, reasoned], False), mark(0)) or ""
     fixed = prompted[: _common(prompted, thinking)]
     return Anatomy(
         prompt_end=fixed[_common(fixed, bare) :] if has_prompt else "",
-        header="" if has_prompt or not gap.strip() else gap,
+        header=header,
+        lead="" if header else gap,
         turn_end=_turn_end(full[full.index(mark(1)) + 1 :], is_token),
         generation_prompt=has_prompt,
         exact=exact,

@@ -116,7 +116,7 @@ def leaks(train: Sequence[Example], evaluation: Sequence[Example]) -> list[Leak]
     groups = {example.group: index for index, example in reversed(list(enumerate(train))) if example.group is not None}
     found = []
     for index, example in enumerate(evaluation):
-        seen = _seen(keys.get(exact_key(example)), near.get(alike[len(train) + index]), groups.get(example.group))
+        seen = _seen(keys.get(exact_key(example)), near.get(alike[len(train) + index]), groups.get(example.group) if example.group is not None else None)
         if seen is not None:
             found.append(Leak(seen[0], index, seen[1]))
     return found

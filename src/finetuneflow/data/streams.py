@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO, cast
+from typing import TextIO, cast
 
 from finetuneflow.errors import DataError
 
@@ -49,7 +49,7 @@ class DecompressedStream(io.RawIOBase):
     def __init__(self, path: Path, limits: Limits) -> None:
         self._path = path
         self._limits = limits
-        self._file: BinaryIO = path.open("rb")
+        self._file = path.open("rb")
         self.compression = compression_of(self._file.read(4))
         self._file.seek(0)
         self._source = _decompressor(self._file, self.compression)
@@ -61,7 +61,7 @@ class DecompressedStream(io.RawIOBase):
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         try:
-            data = self._source.read(len(buffer))
+            data = self._source.read1(len(buffer))  # what is there: a later error must not cost it
         except (EOFError, OSError, zlib.error, _zstd_error()) as error:
             self.damage = str(error) or type(error).__name__
             return 0
@@ -94,13 +94,13 @@ def compression_of(magic: bytes) -> str | None:
     return "zstd" if magic == b"\x28\xb5\x2f\xfd" else None
 
 
-def _decompressor(file: BinaryIO, compression: str | None) -> BinaryIO:
+def _decompressor(file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
     if compression == "gzip":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+        return cast(io.BufferedReader, gzip.GzipFile(fileobj=file))
     if compression == "zstd":
         import zstandard
 
-        return cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+        return cast(io.BufferedReader, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
     return file
 
 

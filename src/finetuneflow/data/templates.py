@@ -67,7 +67,6 @@ class Template:
     _compiled: CompiledTemplate
     _variables: dict[str, str]
     _shapes: dict[Any, Skeleton | None] = field(default_factory=dict)
-    _heals: bool = False
 
     @property
     def eos_id(self) -> int | None:
@@ -113,14 +112,25 @@ class Template:
         turns = self._turns(messages, protect=True)
         render = _Renderer(self._compiled, self._variables, [_protect_values(tool, self.encoder) for tool in tools])
         prompt = render(turns, True) + self.anatomy.header
-        return self.encoder.encode(prompt.rstrip(" ") if self._heals else prompt).ids
+        return self._ids_before_answer(prompt)
 
     def _prompt_of_training(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[int]:
         """For templates whose generation prompt is not what they write before answers: a short answer, rendered and cut off."""
         located = self.locate([*messages, _ANSWER], tools)
         if not located.answers or located.answers[-1].message != located.turns - 1:
             raise SpansNotFound("TEMPLATE_NO_SPANS", f"The template {self.name!r} gives no place for an answer to these messages.")
-        return self.encoder.encode(located.text[: located.answers[-1].start]).ids
+        return self._ids_before_answer(located.text[: located.answers[-1].start])
+
+    def _ids_before_answer(self, prompt: str) -> list[int]:
+        """The prompt's tokens as they are when an answer follows.
+
+        Encoded alone, a prompt's end may become another token than in training: GPT-2 writes two line ends as one token,
+        but as two before a word; a space joins the next word. So a word is put after the prompt and taken away again,
+        and with it the token that reaches into it: the model writes that one, as it learned to.
+        """
+        text = f"{prompt}{self.anatomy.lead}It"
+        encoded = self.encoder.encode(text)
+        return encoded.ids[: encoded.first_token(len(prompt), len(text))]
 
     def _skeleton(self, shape: Any, render: _Renderer, tools: Sequence[dict[str, Any]]) -> Skeleton | None:
         key = (shape, tools_key(tools))
@@ -331,7 +341,6 @@ def _bind(tokenizer: Any, name: str, origin: Origin, source: str, today: date, n
         _variables=variables,
     )
     template.turn_end = _turn_end_ids(template)
-    template._heals = _prompt_needs_healing(template)
     template.notes += tuple(_notes(template))
     return template
 
@@ -397,15 +406,6 @@ def _turn_end_ids(template: Template) -> tuple[int, ...]:
     return tuple(encoded.ids[encoded.first_token(begin, answer.end) : encoded.first_token(answer.end, len(located.text))])
 
 
-def _prompt_needs_healing(template: Template) -> bool:
-    """Whether a space at the end of the generation prompt would be a token that training never shows there."""
-    prompt = template.render([_QUESTION], (), True) + template.anatomy.header
-    if not prompt.endswith(" "):
-        return False
-    ids = template.encoder.encode(prompt).ids
-    return template.encoder.encode(prompt + "It").ids[: len(ids)] != ids
-
-
 def _notes(template: Template) -> list[str]:
     notes = []
     if not template.takes_system:
@@ -421,8 +421,6 @@ def _notes(template: Template) -> list[str]:
         notes.append("The template writes a header before answers but has no generation prompt; inference adds the header.")
     if not template.anatomy.exact:
         notes.append("The generation prompt differs in white space or beyond from what stands before answers; inference follows the answers.")
-    if template._heals:
-        notes.append("The generation prompt ends in a space that belongs to the answer's first token; inference leaves it out.")
     return notes
 
 

@@ -155,7 +155,7 @@ class TokenizeStats:
 # One example, many examples ---------------------------------------------------------------------------------------------
 
 
-def tokenize(example: Example, template: Template, policy: Policy = Policy()) -> list[Tokens] | Problem:  # noqa: B008 - frozen
+def tokenize(example: Example, template: Template, policy: Policy = Policy()) -> list[Tokens] | Problem:
     """The rows of one example (several when split), or why it cannot be used."""
     return next(tokenize_many([example], template, policy))
 
@@ -163,7 +163,7 @@ def tokenize(example: Example, template: Template, policy: Policy = Policy()) ->
 def tokenize_many(
     examples: Iterable[Example],
     template: Template,
-    policy: Policy = Policy(),  # noqa: B008 - frozen
+    policy: Policy = Policy(),
     *,
     stats: TokenizeStats | None = None,
 ) -> Iterator[list[Tokens] | Problem]:
@@ -181,7 +181,7 @@ def tokenize_many(
             yield result
 
 
-def measure(examples: Iterable[Example], template: Template, policy: Policy = Policy()) -> Iterator[Measure | Problem]:  # noqa: B008
+def measure(examples: Iterable[Example], template: Template, policy: Policy = Policy()) -> Iterator[Measure | Problem]:
     """Sizes of each example before anything is cut, in order."""
     for batch in _batches(examples):
         for source, encoded in _encode(batch, template):

@@ -11,6 +11,9 @@ from typing import Any
 from finetuneflow.data.examples import Place
 
 
+MAX_TREE_MESSAGES = 10_000  # what flat rows may hold in memory; real trees have some dozens
+
+
 def replies_of(node: dict[str, Any]) -> list[dict[str, Any]]:
     """Replies that were not deleted, best rank first; unranked ones keep their order, after the ranked ones."""
     replies = node.get("replies")
@@ -61,6 +64,10 @@ class FlatTrees:
     @staticmethod
     def starts_new(message: dict[str, Any]) -> bool:
         return message.get("parent_id") is None
+
+    def is_full(self) -> bool:
+        """True when no more rows should be held; further rows of the same tree then lack their parent."""
+        return len(self._places) + len(self._orphans) >= MAX_TREE_MESSAGES
 
     def add(self, place: Place, message: dict[str, Any]) -> None:
         node = {**message, "replies": []}

@@ -11,6 +11,7 @@ On a suite the measure is pass or fail. On examples with expected answers it is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetuneflow.data.examples import Example, Problem
 from finetuneflow.errors import EvaluationError
 from finetuneflow.evaluation.judges import Judge
-from finetuneflow.evaluation.questions import Question, questions
+from finetuneflow.evaluation.questions import Question, fitting, label_rows, prompt_rows, questions
 from finetuneflow.evaluation.scores import exact_match, token_f1
 from finetuneflow.evaluation.statistics import RULE, Interval, Verdict, effect_size, paired_bootstrap, sign_test, verdict
 from finetuneflow.evaluation.suite import Suite, SuiteResult, run_suite
@@ -224,14 +225,21 @@ def compare(
         compared = compare_suites(results[0], results[1], names=names, seed=seed)
         decoding: dict[str, Any] = {"suite": items.name, "max_new_tokens": items.max_new_tokens, "temperature": 0.0}
         return Comparison(*names, compared.measures, compared.items, decoding, forgetting)
-    asked = questions(items, limit=limit)
+    asked, left_out = fitting(questions(items, limit=limit), (a, b))
     if not asked:
-        raise EvaluationError("EVALUATION_NO_DATA", "No example has an assistant's answer to compare with.", remedy="Give chat examples.")
-    answers = [_answers(g, asked, max_new_tokens, batch_size, path, progress) for g, path in zip((a, b), paths, strict=True)]
+        why = f" The first was refused: {left_out[0].found}" if left_out else ""
+        raise EvaluationError(
+            "EVALUATION_NO_DATA", f"No example has an assistant's answer to compare with.{why}", remedy="Give chat examples."
+        )
+    answers_a, answers_b = (
+        _answers(g, asked, max_new_tokens, batch_size, path, progress) for g, path in zip((a, b), paths, strict=True)
+    )
     losses, unit = _answer_losses(a, b, asked)
-    values = [_values(asked, answered, loss) for answered, loss in zip(answers, losses, strict=True)]
-    decoding = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
-    return Comparison(*names, _measures(*values, unit=unit, seed=seed), _items(asked, *answers, *values), decoding, forgetting)
+    values_a, values_b = _values(asked, answers_a, losses[0]), _values(asked, answers_b, losses[1])
+    measures = _measures(values_a, values_b, unit=unit, seed=seed)
+    compared_items = _items(asked, answers_a, answers_b, values_a, values_b)
+    decoding = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "left_out": len(left_out)}
+    return Comparison(*names, measures, compared_items, decoding, forgetting)
 
 
 def _answers(
@@ -240,7 +248,7 @@ def _answers(
     from finetuneflow.evaluation.samples import answer_all
     from finetuneflow.inference import Decoding
 
-    prompts = [question.prompt for question in asked]
+    prompts = prompt_rows(generator, asked)
     return answer_all(generator, prompts, Decoding(limit), batch_size=batch_size, resume_path=path, progress=progress)
 
 
@@ -254,17 +262,12 @@ def _answer_losses(a: Generator, b: Generator, asked: Sequence[Question]) -> tup
 
 
 def expected_losses(generator: Generator, asked: Sequence[Question]) -> Losses:
-    """Loss of each question's expected answer after its prompt."""
-    from finetuneflow.data.tokens import Policy, tokenize_many
+    """Loss of each question's expected answer after its prompt, in their order; all must fit the context (`fitting`)."""
+    from finetuneflow.data.tokens import Policy
     from finetuneflow.evaluation.losses import measure_losses
 
     policy = Policy(supervise="last", max_length=generator.context_length, overlong="drop")
-    rows = list(tokenize_many([question.example for question in asked], generator.template, policy))  # type: ignore[arg-type]
-    for question, row in zip(asked, rows, strict=True):
-        if isinstance(row, Problem):
-            raise EvaluationError(
-                "EVALUATION_NO_DATA", f"{row.found} ({row.code}).", where=question.id, remedy=row.hint or "Leave this example out."
-            )
+    rows = label_rows(generator, [question.example for question in asked], policy)
     with generator.ready() as model:
         return measure_losses(model, [row[0] for row in rows if not isinstance(row, Problem)])
 
@@ -298,13 +301,11 @@ def _items(
 
 def measure_forgetting(a: Generator, b: Generator, text_path: Path = GENERAL_TEXT) -> Forgetting:
     """Perplexity of both on a plain text; bits per byte compare models with different tokenizers too."""
-    import math
+    from finetuneflow.evaluation.losses import text_losses
 
     text = text_path.read_text(encoding="utf-8")
     measured = []
     for generator in (a, b):
-        from finetuneflow.evaluation.losses import text_losses
-
         with generator.ready() as model:
             measured.append(text_losses(model, generator.tokenizer, text, context=min(generator.context_length, 1024)))
     bits = [m.loss * m.tokens / math.log(2) / len(text.encode()) for m in measured]

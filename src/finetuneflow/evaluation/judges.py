@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import os
 import re
+import select
 import subprocess
 import sys
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -53,37 +56,56 @@ def _folded(text: str) -> str:
 def search_with_limit(pattern: str, answer: str) -> str | None:
     """None when the pattern is found in the answer, else the reason.
 
-    A pattern with at most one place to backtrack runs here; any other runs in a process of its own that is ended
-    after two seconds, since a nested repetition can take longer than the age of the universe.
+    The search runs in a helper process that is ended after two seconds: a nested repetition can take longer than
+    the age of the universe, and nothing inside this process could stop it.
     """
-    text = answer[:REGEX_CHARS]
-    if sum(pattern.count(sign) for sign in "*+?{|") <= 1:
-        found = re.search(pattern, text) is not None
-    else:
-        outcome = _search_apart(pattern, text)
-        if outcome is None:
-            return f"the regex {pattern!r} took longer than {REGEX_SECONDS:g} s on this answer"
-        found = outcome
+    with _HELPER_LOCK:
+        found = _HELPER.search(pattern, answer[:REGEX_CHARS])
+    if found is None:
+        return f"the regex {pattern!r} took longer than {REGEX_SECONDS:g} s on this answer"
     return None if found else f"does not match the regex {pattern!r}"
 
 
-def _search_apart(pattern: str, text: str) -> bool | None:
-    """`re.search` in a bare Python process; None when it runs out of time."""
-    program = "import json, re, sys; p, t = json.load(sys.stdin); sys.exit(0 if re.search(p, t) else 3)"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", program],
-            input=json.dumps([pattern, text]),
-            text=True,
-            timeout=REGEX_SECONDS,
-            check=False,
-            capture_output=True,
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    if done.returncode not in (0, 3):
-        raise EvaluationError("SUITE_INVALID", f"The regex {pattern!r} could not be tried: {done.stderr.strip()[-200:]}")
-    return done.returncode == 0
+class _RegexHelper:
+    """A bare Python process that answers searches, line by line; started when first needed, again after a time-out.
+
+    It ends by itself when this process does (its input closes).
+    """
+
+    PROGRAM = (
+        "import json, re, sys\n"
+        "for line in sys.stdin:\n"
+        "    pattern, text = json.loads(line)\n"
+        "    print(int(re.search(pattern, text) is not None), flush=True)\n"
+    )
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0
+
+    def search(self, pattern: str, text: str) -> bool | None:
+        """`re.search`; None when it runs out of time."""
+        process = self._started()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps([pattern, text]) + "\n")
+        process.stdin.flush()
+        if not select.select([process.stdout], [], [], REGEX_SECONDS)[0]:
+            process.kill()
+            process.wait()
+            return None
+        return process.stdout.readline().strip() == "1"
+
+    def _started(self) -> subprocess.Popen[str]:
+        # After a fork the pipes would be shared with the parent: each process has its own helper.
+        if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
+            command = [sys.executable, "-I", "-S", "-c", self.PROGRAM]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._owner = os.getpid()
+        return self._process
+
+
+_HELPER = _RegexHelper()
+_HELPER_LOCK = threading.Lock()
 
 
 # --- built-in judges ------------------------------------------------------------------------------
@@ -146,7 +168,7 @@ def load_judges(path: Path | str) -> dict[str, Judge]:
         raise EvaluationError(
             "JUDGES_INVALID", f"{path.name} failed while it was read: {type(error).__name__}: {error}.", where=str(path)
         ) from error
-    found = {
+    found: dict[str, Judge] = {
         name: value
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == "ftf_judges" and not name.startswith("_")

@@ -171,14 +171,12 @@ def text_losses(model: Any, tokenizer: Any, text: str, *, context: int) -> Losse
 
 
 def windows(ids: Sequence[int], context: int) -> list[Text]:
-    """Cut ids into windows; from the second on, the first half of a window is context only."""
-    stride = max(1, context // 2)
+    """Cut ids into windows of at most `context` (2 or more) tokens; from the second on, the first half is context only."""
+    overlap = context // 2
     cut, start, counted = [], 0, 0
     while counted < len(ids):
         end = min(start + context, len(ids))
         labels = [IGNORED] * (counted - start) + list(ids[counted:end])
         cut.append(Text(tuple(ids[start:end]), tuple(labels)))
-        counted, start = end, max(0, min(start + stride, len(ids) - 1))
-        if counted < len(ids):
-            start = max(0, counted - (context - stride))
+        counted, start = end, end - overlap
     return cut

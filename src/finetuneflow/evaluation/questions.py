@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetuneflow.data.examples import Example, Message, Problem, to_examples
 from finetuneflow.data.sources import read_rows
 from finetuneflow.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from finetuneflow.data.tokens import Policy, Tokens
+    from finetuneflow.inference import Generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +62,27 @@ def questions(examples: Iterable[Example], *, limit: int | None = None) -> list[
 def _last_answer(messages: Sequence[Message]) -> int | None:
     """Where the last assistant turn stands that answers something with text (a tool call alone is no text)."""
     return next((i for i in range(len(messages) - 1, 0, -1) if messages[i].role == "assistant" and messages[i].content.strip()), None)
+
+
+def fitting(asked: Sequence[Question], generators: Sequence[Generator]) -> tuple[list[Question], list[Problem]]:
+    """The questions that every generator can take whole, expected answer included, and why the others are left out."""
+    from finetuneflow.data.tokens import Policy
+
+    refused: dict[int, Problem] = {}
+    for generator in generators:
+        policy = Policy(supervise="last", max_length=generator.context_length, overlong="drop")
+        rows = label_rows(generator, [question.example for question in asked], policy)
+        refused |= {i: row for i, row in enumerate(rows) if isinstance(row, Problem)}
+    return [question for i, question in enumerate(asked) if i not in refused], [refused[i] for i in sorted(refused)]
+
+
+def label_rows(generator: Generator, examples: Sequence[Example], policy: Policy) -> list[list[Tokens] | Problem]:
+    """Token ids and labels of each example in the generator's own template, or why it has none."""
+    from finetuneflow.data.tokens import tokenize_many
+
+    return list(tokenize_many(examples, generator.template, policy))  # type: ignore[arg-type]
+
+
+def prompt_rows(generator: Generator, asked: Sequence[Question]) -> list[tuple[int, ...]]:
+    """Token ids of each question's prompt."""
+    return [generator.prompt_ids(question.prompt, question.example.tools) for question in asked]

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuneflow.data.examples import Message
 from finetuneflow.workspace import sha256_json, translate_os_errors
 
 if TYPE_CHECKING:
+    from finetuneflow.evaluation.questions import Question
     from finetuneflow.inference import Decoding, Generation, Generator
 
 Progress = Callable[[int, int], None]
@@ -25,23 +25,22 @@ Progress = Callable[[int, int], None]
 
 def answer_all(
     generator: Generator,
-    prompts: Sequence[Sequence[Message]],
+    prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     *,
     batch_size: int = 32,
     resume_path: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Generation]:
-    """Answer all prompts in their order; with `resume_path`, answers found there are not generated again.
+    """Answer all prompts (token ids of `Generator.prompt_ids`) in their order; with `resume_path`, answers found there are not generated again.
 
     `progress(done, total)` is called after each batch.
     """
-    ids = [generator.prompt_ids(messages) for messages in prompts]
-    batches = generator.plan_batches(ids, decoding, batch_size=batch_size)
+    batches = generator.plan_batches(prompts, decoding, batch_size=batch_size)
     record = AnswerRecord(resume_path, _batch_identity(generator, decoding)) if resume_path else None
     answers: dict[int, Generation] = {}
     for batch in batches:
-        of_batch = [ids[i] for i in batch]
+        of_batch = [prompts[i] for i in batch]
         found = record.find(of_batch) if record else None
         if found is None:
             found = generator.generate_batch(of_batch, decoding)
@@ -49,8 +48,8 @@ def answer_all(
                 record.append(of_batch, found)
         answers.update(zip(batch, found, strict=True))
         if progress:
-            progress(len(answers), len(ids))
-    return [answers[i] for i in range(len(ids))]
+            progress(len(answers), len(prompts))
+    return [answers[i] for i in range(len(prompts))]
 
 
 def _batch_identity(generator: Generator, decoding: Decoding) -> str:
@@ -120,18 +119,16 @@ class Sample:
         return asdict(self)
 
 
-def make_samples(
-    prompts: Sequence[Sequence[Message]], expected: Sequence[str], answers: Sequence[Generation], *, count: int = 5
-) -> list[Sample]:
-    """The first `count` answered prompts as samples: the last user turn is the instruction, what came before it the input."""
+def make_samples(asked: Sequence[Question], answers: Sequence[Generation], *, count: int = 5) -> list[Sample]:
+    """The first `count` answered questions as samples: the last turn is the instruction, what came before it the input."""
     return [
         Sample(
-            instruction=prompt[-1].content if prompt else "",
-            input="\n".join(f"{m.role}: {m.content}" for m in prompt[:-1]),
-            expected_output=wanted,
+            instruction=question.prompt[-1].content,
+            input="\n".join(f"{m.role}: {m.content}" for m in question.prompt[:-1]),
+            expected_output=question.expected,
             model_output=answer.text,
             output_length=len(answer.ids),
             stopped=answer.stopped,
         )
-        for prompt, wanted, answer in list(zip(prompts, expected, answers, strict=True))[:count]
+        for question, answer in list(zip(asked, answers, strict=True))[:count]
     ]

@@ -93,7 +93,7 @@ def token_f1(answer: str, expected: str) -> float:
 def corpus_bleu(answers: Sequence[str], expected: Sequence[str]) -> tuple[float, str]:
     """Corpus BLEU (0 to 100) with sacrebleu's defaults, and the signature that makes it comparable."""
     try:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise missing_extra("sacrebleu", "train") from error
     metric = BLEU()

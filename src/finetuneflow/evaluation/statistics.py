@@ -59,7 +59,10 @@ def sign_test(wins: int, losses: int) -> float:
     total = wins + losses
     if total == 0:
         return 1.0
-    tail = sum(math.comb(total, k) for k in range(min(wins, losses) + 1))
+    tail = term = 1
+    for k in range(min(wins, losses)):
+        term = term * (total - k) // (k + 1)  # "total choose k + 1", a whole number
+        tail += term
     # Divided as whole numbers: 2^total is no float any more from 1,024 pairs on.
     return min(1.0, 2 * tail / (1 << total))
 

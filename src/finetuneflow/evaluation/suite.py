@@ -131,7 +131,11 @@ class SuiteResult:
 
 
 def load_suite(path: Path | str) -> Suite:
-    """Read and validate a suite; the first mistake is an error that names the file, the item and the key."""
+    """Read and validate a suite (`starter` is the bundled one); the first mistake is an error that names file, item and key."""
+    if path == "starter":
+        from finetuneflow.models.starter import starter_path
+
+        path = starter_path() / "acceptance.yaml"
     path = Path(path)
     try:
         value = parse_yaml(path.read_text(encoding="utf-8-sig"), where=str(path))
@@ -246,7 +250,7 @@ def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
 
 
 def _refuse(what: str, where: str) -> NoReturn:
-    raise EvaluationError("SUITE_INVALID", f"{what[0].upper()}{what[1:]}.", where=where, remedy="Mend that place of the suite.")
+    raise EvaluationError("SUITE_INVALID", f"{what}.", where=where, remedy="Mend that place of the suite.")
 
 
 # --- judging ------------------------------------------------------------------------------------
@@ -321,7 +325,7 @@ def run_suite(
     from finetuneflow.inference import Decoding
 
     require_judges(suite, {**BUILT_IN, **(judges or {})})
-    prompts = [prompt.messages for prompt in suite.prompts]
+    prompts = [generator.prompt_ids(prompt.messages) for prompt in suite.prompts]
     decoding = Decoding(max_new_tokens=suite.max_new_tokens)
     answers = answer_all(generator, prompts, decoding, batch_size=batch_size, resume_path=resume_path, progress=progress)
     return judge_answers(suite, answers, judges=judges)

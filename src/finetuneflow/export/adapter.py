@@ -68,6 +68,7 @@ def _load_trained_base(record: RunRecord) -> Any:
     if method.kind == "qlora":
         base = load_base(model_source(record), quantize="nf4", double_quant=method.double_quantization)
     else:
-        base = load_base(model_source(record), **working_precision(*base_weights(record)))
+        precision = working_precision(*base_weights(record))
+        base = load_base(model_source(record), dtype=precision["dtype"], device=precision["device"])
     require_same_base(record, base.facts.digest)
     return base.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from finetuneflow.errors import FineTuneFlowError
 from finetuneflow.export.record import OBJECTIVE_NAMES, RunRecord
 from finetuneflow.export.redact import Redactor
 from finetuneflow.export.report import adapter_size, used_learning_rate
-from finetuneflow.export.text import duration, figure, inline, rate, size
+from finetuneflow.export.text import duration, figure, inline, rate, size, visible
 from finetuneflow.export.verify import Check
 
 FENCE = "---"
+FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 
 
 def card_text(record: RunRecord, check: Check, redactor: Redactor, *, files_kind: str) -> str:
@@ -29,7 +31,7 @@ def card_text(record: RunRecord, check: Check, redactor: Redactor, *, files_kind
         _training_data(record),
         _procedure(record),
         _results(record),
-        _check(check),
+        _check(check, record, files_kind),
         _limits(record),
         _versions(record),
     ]
@@ -46,22 +48,23 @@ def _front_matter(record: RunRecord, files_kind: str) -> list[str]:
     }
     if license_name := base_license(record):
         fields["license"] = license_name
-    return [FENCE, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip(), FENCE]
+    return [FENCE, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=10_000).strip(), FENCE]
 
 
 def base_name(record: RunRecord) -> str:
-    """The base model as others know it: its hub id, or the last part of a local folder (not the path to it)."""
+    """The base model as others know it, on one line: its hub id, or the last part of a local folder (not the path to it)."""
     base = record.config.model.base
-    return Path(base).expanduser().name if Path(base).expanduser().is_absolute() or Path(base).expanduser().is_dir() else base
+    folder = Path(base).expanduser()
+    name = folder.name if folder.is_absolute() or folder.is_dir() else base
+    return " ".join(visible(name).split())
 
 
 def base_license(record: RunRecord) -> str | None:
     """The licence that the base model's own card states, if that card is on this disk."""
     for readme in _base_cards(record.config.model.base):
         try:
-            text = readme.read_text(encoding="utf-8", errors="replace")
-            head = text.split(FENCE, 2)[1] if text.startswith(FENCE) and text.count(FENCE) > 1 else ""
-            fields = parse_yaml(head, where=str(readme))
+            head = FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace"))
+            fields = parse_yaml(head.group(1), where=str(readme)) if head else None
         except (OSError, FineTuneFlowError):
             continue
         if isinstance(fields, dict) and isinstance(fields.get("license"), str):
@@ -95,13 +98,14 @@ def _opening(record: RunRecord, files_kind: str) -> list[str]:
 
 def _usage(record: RunRecord, files_kind: str) -> list[str]:
     base = base_name(record)
+    quoted = repr(base.replace("`", "'"))  # a backtick could end the code block
     if files_kind == "adapter":
         load = [
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             'here = "."  # the folder of this file',
-            f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+            f"base = AutoModelForCausalLM.from_pretrained({quoted})" + ("" if "/" in base else "  # the folder of that base model"),
             "model = PeftModel.from_pretrained(base, here)",
         ]
     else:
@@ -163,7 +167,7 @@ def _procedure(record: RunRecord) -> list[str]:
         ("Learning rate", f"{rate(used_learning_rate(record))}, {training.scheduler}, warm-up {training.warmup_ratio:.0%}"),
         ("Optimizer", f"{setup.get('optimizer') or training.optimizer}, weight decay {training.weight_decay:g}"),
         ("Compute type", str(setup.get("compute_dtype") or training.precision)),
-        ("Hardware", f"GPU: {inline(record.device)}"),
+        ("GPU", inline(record.device)),
         ("Seed", str(training.seed)),
     ]
     return ["## Training procedure", "", "| Setting | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
@@ -184,14 +188,17 @@ def _results(record: RunRecord) -> list[str]:
     return ["## Results", "", *table, "", "![Loss curve](train_loss.png)"]
 
 
-def _check(check: Check) -> list[str]:
-    return [
+def _check(check: Check, record: RunRecord, files_kind: str) -> list[str]:
+    lines = [
         "## Check of these files",
         "",
         f"Loaded again and compared with the trained model ({check.compared}) on {check.prompts} prompts, {check.positions:,} positions: "
         f"largest logit difference {check.max_abs_diff:.2g}, error {check.error:.2g} of the logits' spread ({check.tolerance:.2g} allowed), "
         f"same best token at {check.argmax_agreement:.1%} of positions, {check.same_texts} of {check.prompts} greedy texts identical.",
     ]
+    if record.config.method.kind == "qlora" and files_kind == "model":
+        lines += ["", "It was trained on the base in 4 bits, and its results were measured there; here the adapter is merged into the unquantised base."]
+    return lines
 
 
 def _limits(record: RunRecord) -> list[str]:

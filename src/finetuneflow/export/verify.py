@@ -124,7 +124,7 @@ def greedy_answers(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[tuple[
     import torch
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=None)
+    settings: Any = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=None)  # type: ignore[no-untyped-call]
     found = []
     with torch.no_grad(), _own_settings(model, settings):
         for prompt in prompts:

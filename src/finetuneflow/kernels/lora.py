@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
         self.merged = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        base = self.base(x)
+        base: torch.Tensor = self.base(x)
         if self.merged:
             return base
         low_rank = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)

@@ -8,10 +8,9 @@ base of any storage type.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,13 +19,17 @@ import torch
 from torch import nn
 
 from finetuneflow.errors import ModelError, TrainingError
+from finetuneflow.models.targets import (
+    STATE_SPACE_TARGETS,
+    checked_modules_to_save,
+    feedforward_targets,
+    has_conv1d,
+    resolve_targets,
+    ties_embeddings,
+)
 
 AdapterKind = Literal["full", "lora", "qlora", "dora", "rslora", "ia3", "prefix"]
 LOW_RANK_KINDS = ("lora", "qlora", "dora", "rslora")
-
-# State-space models: an adapter on `dt_proj` gets no gradient and one on `out_proj` is refused by PEFT,
-# because their fused kernels read those weights directly.
-STATE_SPACE_TARGETS = {"mamba": ("in_proj", "x_proj"), "mamba2": ("in_proj",), "falcon_mamba": ("in_proj", "x_proj")}
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -78,11 +81,11 @@ def attach_adapter(model: Any, spec: AdapterSpec, *, base_revision: str | None =
         )
     if spec.kind == "full":
         return _unfreeze(model, quantized=quantized)
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model
 
     config = peft_config(model, spec)
     if quantized:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = _prepared_for_few_bits(model)
     try:
         adapted = get_peft_model(model, config, revision=base_revision)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
@@ -93,6 +96,19 @@ def attach_adapter(model: Any, spec: AdapterSpec, *, base_revision: str | None =
         ) from error
     require_trainable(adapted)
     return adapted
+
+
+def _prepared_for_few_bits(model: Any) -> Any:
+    """Frozen, and with its unquantised weights (embeddings, norms, head) fit to train through.
+
+    PEFT's own preparation copies those to fp32. That is kept for fp16, whose range gradients leave; bf16 has the range
+    of fp32, gives the same losses to four digits, and saves half the embedding: 2 GB of an 8B model.
+    """
+    from peft import prepare_model_for_kbit_training
+
+    if any(p.dtype is torch.float16 for p in model.parameters()):
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+    return model.requires_grad_(False)
 
 
 def _unfreeze(model: nn.Module, *, quantized: bool) -> nn.Module:
@@ -150,149 +166,6 @@ def _require_attention(model: Any) -> None:
         )
 
 
-# --- which modules are meant ------------------------------------------------------------------
-
-
-def resolve_targets(model: Any, wanted: str | Sequence[str], *, kind: str = "lora") -> list[str] | str:
-    """The module names (or the pattern) an adapter goes on; raises when a name or the pattern fits no module."""
-    model_type = model.config.model_type
-    if isinstance(wanted, str) and wanted in ("auto", "all-linear"):
-        chosen = _known_targets(model_type, kind) if wanted == "auto" or model_type in STATE_SPACE_TARGETS else None
-        return chosen or linear_module_names(model)
-    names = linear_modules(model)
-    if isinstance(wanted, str) and wanted not in _leaf_names(names):
-        return _checked_pattern(model, wanted, names)
-    return _checked_names(model, [wanted] if isinstance(wanted, str) else list(wanted), names)
-
-
-def _known_targets(model_type: str, kind: str) -> list[str] | None:
-    if model_type in STATE_SPACE_TARGETS:
-        return list(STATE_SPACE_TARGETS[model_type])
-    from peft.utils import constants
-
-    table = (
-        constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-        if kind == "ia3"
-        else constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    )
-    return table.get(model_type)  # type: ignore[no-any-return]
-
-
-def feedforward_targets(model: Any, targets: list[str] | str) -> list[str]:
-    """The IA3 targets whose input, not output, is rescaled: the last linear layer of each feed-forward block."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as table
-
-    known = table.get(model.config.model_type) or ["down_proj", "fc2", "c_proj", "dense_4h_to_h"]
-    matched = {name for name in linear_modules(model) if _is_target(name, targets)}
-    return sorted(name for name in known if any(_is_target(path, [name]) for path in matched))
-
-
-def linear_modules(model: Any) -> dict[str, nn.Module]:
-    """Every linear layer by its path, the output head left out: what an adapter can go on."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
-
-
-def linear_module_names(model: Any) -> list[str]:
-    """The last parts of the paths of all linear layers, sorted: `all-linear` spelled out."""
-    return sorted(_leaf_names(linear_modules(model)))
-
-
-def _leaf_names(paths: Iterable[str]) -> set[str]:
-    return {path.rsplit(".", 1)[-1] for path in paths}
-
-
-def _is_target(path: str, targets: list[str] | str) -> bool:
-    """PEFT's own rule: a pattern matches the whole path, a name its end."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith(f".{target}") for target in targets)
-
-
-def _checked_names(model: Any, wanted: list[str], names: Mapping[str, nn.Module]) -> list[str]:
-    head = head_name(model)
-    for name in wanted:
-        if head and _is_target(head, [name]):
-            raise ModelError(
-                "ADAPTER_TARGET_HEAD",
-                f"{name!r} is the model's output layer; a low-rank adapter on it is not supported.",
-                remedy=f"Take {name!r} out of target_modules and, to train it in full, put it into modules_to_save.",
-            )
-        if not any(_is_target(path, [name]) for path in names):
-            raise _no_such_target(model, name)
-    return wanted
-
-
-def _checked_pattern(model: Any, pattern: str, names: Mapping[str, nn.Module]) -> str:
-    try:
-        matched = any(_is_target(path, pattern) for path in names)
-    except re.error as error:
-        raise ModelError(
-            "ADAPTER_TARGET_MISSING",
-            f"target_modules {pattern!r} is not a valid regular expression: {error}.",
-            remedy="Give module names as a list, or a Python regular expression that matches whole module paths.",
-        ) from error
-    if not matched:
-        raise _no_such_target(model, pattern)
-    return pattern
-
-
-def _no_such_target(model: Any, name: str) -> ModelError:
-    available = linear_module_names(model)
-    nearest = difflib.get_close_matches(name, available, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return ModelError(
-        "ADAPTER_TARGET_MISSING",
-        f"target_modules {name!r} fits no linear layer of this {model.config.model_type} model.{hint}",
-        remedy=f"Choose among: {', '.join(available)}; or 'all-linear', or 'auto'.",
-        context={"available": available},
-    )
-
-
-def checked_modules_to_save(model: Any, wanted: Sequence[str]) -> list[str] | None:
-    """`modules_to_save` if each name fits a module, else an error with the names there are."""
-    paths = [name for name, _ in model.named_modules() if name]
-    for name in wanted:
-        if not any(_is_target(path, [name]) for path in paths):
-            whole = [n for n in (head_name(model), embedding_name(model)) if n]
-            raise ModelError(
-                "ADAPTER_TARGET_MISSING",
-                f"modules_to_save {name!r} fits no module of this {model.config.model_type} model.",
-                remedy=f"The usual ones here: {', '.join(n.rsplit('.', 1)[-1] for n in whole)}.",
-            )
-    return list(wanted) or None
-
-
-def head_name(model: Any) -> str | None:
-    return _path_of(model, model.get_output_embeddings())
-
-
-def embedding_name(model: Any) -> str | None:
-    return _path_of(model, model.get_input_embeddings())
-
-
-def _path_of(model: Any, wanted: nn.Module | None) -> str | None:
-    return next((name for name, module in model.named_modules() if module is wanted), None)
-
-
-def ties_embeddings(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def has_conv1d(model: Any) -> bool:
-    """True for the GPT-2 family, whose weights are stored transposed."""
-    from transformers.pytorch_utils import Conv1D
-
-    return any(isinstance(module, Conv1D) for module in model.modules())
-
-
 def is_quantized(model: Any) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
@@ -333,6 +206,18 @@ def require_trainable(model: nn.Module) -> ParameterCount:
 # --- saved adapters ---------------------------------------------------------------------------
 
 
+def save_adapter(model: Any, adapter_dir: Path) -> None:
+    """Write the active adapter in PEFT's format: safetensors and its configuration, readable by other users.
+
+    Embeddings are written only when they are trained (`modules_to_save`). Left to itself, PEFT would ask the hub for
+    the base model's vocabulary size, even for a local base.
+    """
+    model.save_pretrained(str(adapter_dir), save_embedding_layers=False)
+    for path in adapter_dir.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes 0600
+
+
 def check_adapter_dir(adapter_dir: Path) -> dict[str, Any]:
     """The adapter's configuration, once its folder is known to be whole and free of pickles."""
     from finetuneflow.models.screening import check_safetensors_file
@@ -354,7 +239,9 @@ def check_adapter_dir(adapter_dir: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "peft_type" not in config:
         raise _adapter_corrupt(config_path, "names no peft_type")
     if config.get("megatron_config"):
-        raise _adapter_corrupt(config_path, "asks for a Megatron module to be imported, which is never done for a foreign adapter")
+        raise _adapter_corrupt(
+            config_path, "asks for a Megatron module to be imported, which is never done for a foreign adapter"
+        )
     return config
 
 
@@ -365,9 +252,7 @@ def _no_adapter_weights(adapter_dir: Path) -> ModelError:
             f"The adapter in {adapter_dir} is stored as a pickle, which can run code when it is opened.",
             remedy=f"Ask its author for {ADAPTER_WEIGHTS}; or, in a throw-away sandbox, load it with PEFT and `save_pretrained` it anew.",
         )
-    return ModelError(
-        "ADAPTER_NOT_FOUND", f"{adapter_dir} holds no {ADAPTER_WEIGHTS}.", remedy="Copy the whole adapter folder."
-    )
+    return ModelError("ADAPTER_NOT_FOUND", f"{adapter_dir} holds no {ADAPTER_WEIGHTS}.", remedy="Copy the whole adapter folder.")
 
 
 def _adapter_corrupt(path: Path, what: str) -> ModelError:
@@ -385,10 +270,12 @@ def load_adapters(model: Any, adapters: Mapping[str, Path], *, is_trainable: boo
     for name, adapter_dir in adapters.items():
         config = check_adapter_dir(adapter_dir)
         try:
-            if adapted is None:
-                adapted = PeftModel.from_pretrained(model, str(adapter_dir), adapter_name=name, is_trainable=is_trainable)
-            else:
-                adapted.load_adapter(str(adapter_dir), adapter_name=name, is_trainable=is_trainable)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # what it warns of is an error below
+                if adapted is None:
+                    adapted = PeftModel.from_pretrained(model, str(adapter_dir), adapter_name=name, is_trainable=is_trainable)
+                else:
+                    adapted.load_adapter(str(adapter_dir), adapter_name=name, is_trainable=is_trainable)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise _base_mismatch(adapter_dir, config, str(error).splitlines()[-1].strip()) from error
         _check_all_tensors_used(adapted, name, adapter_dir, config)
@@ -408,7 +295,9 @@ def _check_all_tensors_used(model: Any, name: str, adapter_dir: Path, config: di
     missing = in_model - in_file
     if surplus or missing:
         example = sorted(surplus or missing)[0]
-        raise _base_mismatch(adapter_dir, config, f"{len(surplus)} tensors fit nowhere, {len(missing)} are missing, e.g. {example}")
+        raise _base_mismatch(
+            adapter_dir, config, f"{len(surplus)} tensors fit nowhere, {len(missing)} are missing, e.g. {example}"
+        )
 
 
 def _base_mismatch(adapter_dir: Path, config: dict[str, Any], what: str) -> ModelError:

@@ -8,7 +8,8 @@ silently random. What was substituted (precision, padding token) is written into
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,13 @@ import torch
 from finetuneflow.errors import HardwareError, ModelError
 from finetuneflow.models import screening
 from finetuneflow.models.adapters import (
-    STATE_SPACE_TARGETS,
     check_adapter_dir,
     is_quantized,
     load_adapters,
     trainable_parameters,
 )
 from finetuneflow.models.source import ModelSource, Snapshot, resolve
+from finetuneflow.models.targets import STATE_SPACE_TARGETS
 from finetuneflow.models.tokenizer import load_tokenizer
 
 Quantize = Literal["nf4", "fp4", "int8"]
@@ -86,7 +87,12 @@ def load_base(
     snapshot = resolve(source)
     tokenizer, tokenizer_notes = load_tokenizer(snapshot.path, run_own_code=snapshot.run_own_code)
     model = _load_model(
-        snapshot, quantize=quantize, double_quant=double_quant, dtype=chosen, device=target, attn_implementation=attn_implementation
+        snapshot,
+        quantize=quantize,
+        double_quant=double_quant,
+        dtype=chosen,
+        device=target,
+        attn_implementation=attn_implementation,
     )
     pad_notes = align_padding(model, tokenizer)
     facts = _facts(source, snapshot, model, dtype=chosen, quantize=quantize, device=target)
@@ -131,8 +137,10 @@ def choose_device(requested: str) -> torch.device:
 def choose_dtype(requested: str | torch.dtype, device: torch.device | str) -> tuple[torch.dtype, str]:
     """The storage type to use on `device`, and a sentence that says why."""
     device = torch.device(device)
-    if isinstance(requested, str) and requested != "auto" and requested not in DTYPES:
-        raise ModelError("MODEL_BAD_DTYPE", f"{requested!r} is not a precision.", remedy=f"Choose among auto, {', '.join(DTYPES)}.")
+    if requested != "auto" and requested not in (*DTYPES, *DTYPES.values()):
+        raise ModelError(
+            "MODEL_BAD_DTYPE", f"{requested!r} is not a precision.", remedy=f"Choose among auto, {', '.join(DTYPES)}."
+        )
     wanted = DTYPES.get(requested) if isinstance(requested, str) else requested
     has_bf16 = _supports_bf16(device)
     if wanted is None:
@@ -187,8 +195,9 @@ def _load_model(
         options["quantization_config"] = quantization_config(quantize, dtype, double_quant=double_quant, skip_modules=skipped)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+    loader: Any = AutoModelForCausalLM  # its annotations leave out the pair that output_loading_info gives
+    with _loading_errors(snapshot), _quiet_transformers():
+        model, loading = loader.from_pretrained(
             str(snapshot.path),
             dtype=dtype,
             use_safetensors=True,
@@ -197,13 +206,52 @@ def _load_model(
             output_loading_info=True,
             **options,
         )
-    except (RuntimeError, ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise screening.corrupt(snapshot.path, f"could not be loaded: {_first_line(error)}") from error
     _require_complete(snapshot, loading)
+    _keep_weights_in_place(model)
     model.name_or_path = model.config._name_or_path = snapshot.base
     return model
+
+
+@contextlib.contextmanager
+def _loading_errors(snapshot: Snapshot) -> Iterator[None]:
+    """What transformers raises about a screened folder, told as a `ModelError`; out of memory passes through."""
+    try:
+        yield
+    except ImportError as error:
+        raise screening.unsupported(snapshot.base, f"a package it needs is missing ({_first_line(error)})", None) from error
+    except (RuntimeError, ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        raise screening.corrupt(snapshot.path, f"could not be loaded: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No load report and no bar: what is wrong with the weights is said by `_require_complete`."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _keep_weights_in_place(model: Any) -> None:
+    """Forbid bitsandbytes to repack 4-bit weights during an evaluation, as it does on CPUs with AVX-512 BF16.
+
+    Repacked weights answer with other rounding than training saw, give garbage when merged or dequantised, and fail
+    for layers whose width is no multiple of 32. Without it, decoding one token at a time is slower on such a CPU,
+    longer inputs are faster.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _first_line(error: Exception) -> str:
@@ -225,13 +273,16 @@ def _never_quantized(model_type: object) -> list[str] | None:
     return ["lm_head", "dt_proj", "out_proj"] if model_type in STATE_SPACE_TARGETS else None
 
 
-def quantization_config(quantize: Quantize, dtype: torch.dtype, *, double_quant: bool, skip_modules: list[str] | None = None) -> Any:
+def quantization_config(
+    quantize: Quantize, dtype: torch.dtype, *, double_quant: bool, skip_modules: list[str] | None = None
+) -> Any:
     """The bitsandbytes settings: NF4 (or FP4) in blocks of 64 with double quantisation, or 8-bit integers."""
-    from transformers import BitsAndBytesConfig
+    import transformers
 
+    settings: Any = transformers.BitsAndBytesConfig
     if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip_modules)
-    return BitsAndBytesConfig(
+        return settings(load_in_8bit=True, llm_int8_skip_modules=skip_modules)
+    return settings(
         llm_int8_skip_modules=skip_modules,  # despite its name, it holds for 4 bits too
         load_in_4bit=True,
         bnb_4bit_quant_type=quantize,
@@ -290,11 +341,13 @@ def load_with_adapters(source: ModelSource | str, adapters: Mapping[str, Path], 
     return LoadedBase(model, base.tokenizer, base.facts, base.notes)
 
 
-def merged_copy(source: ModelSource | str, adapter_dir: Path, *, dtype: str | torch.dtype = "auto", device: str = "auto") -> LoadedBase:
+def merged_copy(
+    source: ModelSource | str, adapter_dir: Path, *, dtype: str | torch.dtype = "auto", device: str = "auto"
+) -> LoadedBase:
     """The base with the adapter's change written into its weights, as an ordinary model.
 
-    The base is always loaded anew and unquantised: 4-bit weights in memory may have been repacked by an
-    evaluation (bitsandbytes on AVX-512 CPUs does so in place), and merging into those gives garbage.
+    The base is always loaded anew and unquantised: merging into 4-bit weights would round the change away, and
+    4-bit weights that an evaluation has repacked (see `_keep_weights_in_place`) would give garbage.
     """
     config = check_adapter_dir(adapter_dir)
     if config["peft_type"] not in ("LORA", "IA3"):

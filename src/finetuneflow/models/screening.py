@@ -5,10 +5,11 @@ Everything here reads JSON and safetensors headers only. It runs before transfor
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def require_consent(folder: Path, *, base: str, commit: str, consent: str | None
         return bool(requests)
     first = refused[0]
     if first.elsewhere:
-        remedy = f"Copy the model to a folder of yours, remove {first.field!r} from {first.file}, and name that folder as the base."
+        remedy = (
+            f"Copy the model to a folder of yours, remove {first.field!r} from {first.file}, and name that folder as the base."
+        )
     else:
         remedy = (
             "Read the code in the repository; if you trust it, set trust_remote_code_revision to this exact revision: "
@@ -118,14 +121,7 @@ def read_model_config(folder: Path, *, base: str) -> dict[str, Any]:
     """`config.json`, with a clear word for folders that hold something other than a model."""
     path = folder / "config.json"
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            "MODEL_IS_ADAPTER",
-            f"{base} is an adapter (it holds adapter_config.json), not a base model.",
-            where=str(folder),
-            remedy="Name its base model as the base, and this folder as the adapter."
-            if not path.is_file()
-            else "Remove adapter_config.json if the weights beside it are complete, or name the base and the adapter apart.",
-        )
+        raise is_adapter(base, has_config=path.is_file())
     if not path.is_file():
         raise ModelError(
             "MODEL_NOT_FOUND",
@@ -136,20 +132,31 @@ def read_model_config(folder: Path, *, base: str) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise corrupt(path, "is not a JSON object")
+    if not isinstance(config.get("model_type"), str) or not isinstance(config.get("architectures") or [], list):
+        raise corrupt(path, "names no model_type, or its architectures are no list")
     return config
+
+
+def is_adapter(base: str, *, has_config: bool) -> ModelError:
+    remedy = "Name its base model as the base, and this one as the adapter."
+    if has_config:
+        remedy = "Remove adapter_config.json if the weights beside it are complete, or name the base and the adapter apart."
+    return ModelError(
+        "MODEL_IS_ADAPTER", f"{base} is an adapter (it holds adapter_config.json), not a base model.", remedy=remedy
+    )
 
 
 def require_supported(config: dict[str, Any], *, base: str, own_code: bool) -> None:
     """Raise unless transformers itself knows this as a causal language model (or consented code provides it)."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
 
-    model_type, architectures = config.get("model_type"), config.get("architectures") or []
-    if own_code and model_type not in CONFIG_MAPPING_NAMES:
+    model_type, architectures = str(config["model_type"]), config.get("architectures") or []
+    if own_code and model_type not in CONFIG_MAPPING:
         return
     _require_trainable_quantization(config, base=base)
     if model_type not in causal:
-        known = model_type in CONFIG_MAPPING_NAMES
+        known = model_type in CONFIG_MAPPING
         what = f"{architectures[0] if architectures else model_type!r}"
         reason = "is not a causal language model" if known else "is an architecture this version of transformers does not know"
         raise unsupported(base, f"{what} {reason}", model_type)
@@ -162,7 +169,9 @@ def _require_trainable_quantization(config: dict[str, Any], *, base: str) -> Non
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else None
     if method not in (None, "bitsandbytes"):
-        raise unsupported(base, f"its weights are quantised with {method}, which cannot be trained here", config.get("model_type"))
+        raise unsupported(
+            base, f"its weights are quantised with {method}, which cannot be trained here", config.get("model_type")
+        )
 
 
 def unsupported(base: str, what: str, model_type: object) -> ModelError:
@@ -189,8 +198,9 @@ def weight_files(folder: Path, *, base: str) -> list[Path]:
     raise no_safetensors(base, [path.name for path in folder.iterdir()])
 
 
-def no_safetensors(base: str, names: list[str]) -> ModelError:
-    pickles = sorted(n for n in names if n.endswith(PICKLE_SUFFIXES) and "training_args" not in n and "tokenizer" not in n)
+def no_safetensors(base: str, names: Iterable[str]) -> ModelError:
+    names = sorted(names)
+    pickles = [n for n in names if n.endswith(PICKLE_SUFFIXES) and "training_args" not in n and "tokenizer" not in n]
     gguf = [n for n in names if n.endswith(".gguf")]
     if pickles:
         message = f"{base} has its weights only as {pickles[0]}, a format that can run code when it is opened."
@@ -204,7 +214,7 @@ def no_safetensors(base: str, names: list[str]) -> ModelError:
     else:
         message = f"{base} holds no weights ({SINGLE_NAME} is missing)."
         remedy = "Name a folder or a hub repository with model.safetensors, or with its index and parts."
-    return ModelError("MODEL_NO_SAFETENSORS", message, remedy=remedy, context={"files": sorted(names)[:50]})
+    return ModelError("MODEL_NO_SAFETENSORS", message, remedy=remedy, context={"files": names[:50]})
 
 
 def _indexed_files(folder: Path) -> list[Path]:
@@ -248,14 +258,24 @@ def corrupt(path: Path, what: str, *, code: str = "MODEL_CORRUPT") -> ModelError
     )
 
 
-def folder_digest(files: list[Path]) -> str:
+@functools.lru_cache(maxsize=256)
+def _file_hash(path: Path, modified_ns: int) -> str:
+    """`sha256_file`, remembered within this process: a run asks for its model's identity more than once."""
+    return sha256_file(path)
+
+
+def folder_digest(folder: Path, files: list[Path]) -> str:
     """One SHA-256 over names and contents: the identity of a model, wherever its folder lies.
 
     A file of the hub's cache is a link to a blob that is named by its SHA-256 if it is large; that name is used.
     """
     total = hashlib.sha256()
-    for path in sorted(files, key=lambda p: p.name):
+    for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in files):
         blob = path.resolve().name
-        content = blob if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_file(path)
-        total.update(f"{path.name}\0{content}\n".encode())
+        content = (
+            blob
+            if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob)
+            else _file_hash(path.resolve(), path.stat().st_mtime_ns)
+        )
+        total.update(f"{name}\0{content}\n".encode())
     return f"sha256:{total.hexdigest()}"

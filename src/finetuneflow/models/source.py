@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuneflow.errors import FineTuneFlowError, ModelError, StorageError
+from finetuneflow.errors import FineTuneFlowError, ModelError
 from finetuneflow.models import screening
+from finetuneflow.workspace import disk_full, require_free_bytes
 
 STARTER = "starter"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -62,9 +65,9 @@ def resolve(source: ModelSource) -> Snapshot:
 
         return _local_snapshot(source, Path(starter_path()))
     path = Path(source.base).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, it answers False for names that no file system takes
         return _local_snapshot(source, path)
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(
             "MODEL_NOT_FOUND", f"{source.base} is a file.", remedy="Name the folder that holds config.json and model.safetensors."
         )
@@ -73,10 +76,25 @@ def resolve(source: ModelSource) -> Snapshot:
     return _hub_snapshot(source)
 
 
+def tokenizer_folder(source: ModelSource) -> tuple[Path, bool]:
+    """(folder with the tokenizer of `source`, whether its own code may run); no weights are needed or downloaded."""
+    path = Path(source.base).expanduser()
+    if source.base == STARTER or os.path.exists(path) or not HUB_ID.fullmatch(source.base):
+        if os.path.isdir(path) and not (path / "config.json").exists():  # a folder of nothing but a tokenizer
+            return path, False
+        snapshot = resolve(source)
+        return snapshot.path, snapshot.run_own_code
+    with hub_errors(source):
+        repo = _Repository.look_up(source)
+        folder = repo.fetch(SMALL_FILES)
+        config = screening.read_model_config(folder, base=source.base)
+        return folder, _screen(folder, source, config, commit=repo.commit)
+
+
 def model_files(folder: Path) -> list[Path]:
     """The files of a folder that make up the model: what is hashed."""
-    patterns = (*SMALL_FILES, *WEIGHT_FILES, "*.py")
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    found = {path for pattern in (*SMALL_FILES, *WEIGHT_FILES) for path in folder.glob(pattern)} | set(folder.rglob("*.py"))
+    return sorted(path for path in found if path.is_file())
 
 
 # --- local folders ------------------------------------------------------------------------------
@@ -84,7 +102,7 @@ def model_files(folder: Path) -> list[Path]:
 
 def _local_snapshot(source: ModelSource, path: Path) -> Snapshot:
     config = screening.read_model_config(path, base=source.base)
-    digest = screening.folder_digest(model_files(path))
+    digest = screening.folder_digest(path, model_files(path))
     own_code = _screen(path, source, config, commit=digest)
     screening.weight_files(path, base=source.base)
     notes = (f"A folder has no revisions; {source.revision!r} was not used.",) if source.revision else ()
@@ -94,16 +112,20 @@ def _local_snapshot(source: ModelSource, path: Path) -> Snapshot:
 def _screen(path: Path, source: ModelSource, config: dict[str, Any], *, commit: str) -> bool:
     asks = screening.require_consent(path, base=source.base, commit=commit, consent=source.trust_remote_code_revision)
     screening.require_supported(config, base=source.base, own_code=asks)
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    return asks and config.get("model_type") not in CONFIG_MAPPING_NAMES
+    return asks and config.get("model_type") not in CONFIG_MAPPING
 
 
 def _missing_folder(path: Path) -> ModelError:
     parent = path.parent if path.parent.is_dir() else None
     nearby = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent else []
     nearest = difflib.get_close_matches(path.name, nearby, n=3, cutoff=0.4)
-    hint = f"Nearest there: {', '.join(str(path.parent / n) for n in nearest)}." if nearest else f"{path.parent} holds no similar folder."
+    hint = (
+        f"Nearest there: {', '.join(str(path.parent / n) for n in nearest)}."
+        if nearest
+        else f"{path.parent} holds no similar folder."
+    )
     return ModelError("MODEL_NOT_FOUND", f"There is no folder {path}.", remedy=hint, context={"nearest": nearest})
 
 
@@ -118,15 +140,19 @@ def _hub_snapshot(source: ModelSource) -> Snapshot:
             repo = _Repository.look_up(source)
         except HFValidationError as error:
             raise _missing_folder(Path(source.base)) from error
+        if repo.sizes and "adapter_config.json" in repo.sizes and "config.json" not in repo.sizes:
+            raise screening.is_adapter(source.base, has_config=False)
         folder = repo.fetch(SMALL_FILES)
         config = screening.read_model_config(folder, base=source.base)
         own_code = _screen(folder, source, config, commit=repo.commit)
-        if repo.files is not None and not any(_is_weights(name) for name in repo.files):
-            raise screening.no_safetensors(source.base, repo.files)
+        if repo.sizes is not None and not any(_is_weights(name) for name in repo.sizes):
+            raise screening.no_safetensors(source.base, repo.sizes)
+        repo.require_room(folder)
         repo.fetch((*SMALL_FILES, *WEIGHT_FILES, *(("*.py",) if own_code else ())))
+        repo.remember_revision()
     screening.weight_files(folder, base=source.base)
     return Snapshot(
-        source.base, folder, repo.commit, True, config, screening.folder_digest(model_files(folder)), own_code, repo.notes
+        source.base, folder, repo.commit, True, config, screening.folder_digest(folder, model_files(folder)), own_code, repo.notes
     )
 
 
@@ -136,11 +162,11 @@ def _is_weights(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Repository:
-    """One commit of a hub repository, online or from the cache (`files` is then unknown)."""
+    """One commit of a hub repository: online, with its files and their sizes in bytes, or from the cache (`sizes` None)."""
 
     source: ModelSource
     commit: str
-    files: list[str] | None
+    sizes: dict[str, int] | None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -149,16 +175,13 @@ class _Repository:
         from huggingface_hub import HfApi
 
         try:
-            info = HfApi().model_info(source.base, revision=source.revision)
+            info = HfApi().model_info(source.base, revision=source.revision, files_metadata=True)
         except Exception as error:
             code = classify(error)
             if code not in ("MODEL_OFFLINE", "MODEL_RATE_LIMITED"):
                 raise
             return cls._from_cache(source, error, code)
-        commit = str(info.sha)
-        found = cls(source, commit, [sibling.rfilename for sibling in info.siblings or []])
-        found._remember_revision()
-        return found
+        return cls(source, str(info.sha), {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []})
 
     @classmethod
     def _from_cache(cls, source: ModelSource, error: Exception, code: str) -> _Repository:
@@ -166,19 +189,30 @@ class _Repository:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            folder = snapshot_download(source.base, revision=source.revision, local_files_only=True, allow_patterns=["config.json"])
+            folder = snapshot_download(
+                source.base, revision=source.revision, local_files_only=True, allow_patterns=["config.json"]
+            )
         except LocalEntryNotFoundError:
             raise error from None
         why = "The hub could not be reached" if code == "MODEL_OFFLINE" else "The hub limits the rate of requests"
         return cls(source, Path(folder).name, None, (f"{why}; the cached copy (commit {Path(folder).name[:12]}) is used.",))
 
-    def _remember_revision(self) -> None:
-        """Write down which commit the branch or tag means, so that the cache can answer by the same name offline."""
+    def require_room(self, folder: Path) -> None:
+        """Refuse before the download what the disk could not hold."""
+        sizes = self.sizes or {}
+        missing = sum(size for name, size in sizes.items() if _is_weights(name) and not (folder / name).exists())
+        require_free_bytes(_cache_dir(), missing)
+
+    def remember_revision(self) -> None:
+        """Write down which commit the branch or tag means, so that the cache can answer by the same name offline.
+
+        Done when all files are there: an interrupted update leaves the older, whole copy in use.
+        """
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
         revision = self.source.revision or constants.DEFAULT_REVISION
-        if COMMIT.fullmatch(revision):
+        if COMMIT.fullmatch(revision) or self.sizes is None:
             return
         refs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.source.base, repo_type="model") / "refs"
         target = refs / revision
@@ -195,7 +229,7 @@ class _Repository:
             revision=self.commit,
             allow_patterns=list(patterns),
             ignore_patterns=list(NEVER),
-            local_files_only=self.files is None,
+            local_files_only=self.sizes is None,
         )
         return Path(folder)
 
@@ -211,9 +245,7 @@ def hub_errors(source: ModelSource) -> Iterator[None]:
     except FineTuneFlowError:
         raise
     except OSError as error:
-        if getattr(error, "errno", None) == 28:
-            from finetuneflow.workspace import disk_full
-
+        if error.errno == errno.ENOSPC:
             raise disk_full(_cache_dir()) from error
         raise hub_error(source, error) from error
     except Exception as error:
@@ -268,7 +300,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or seen.__context__
 
 
-def hub_error(source: ModelSource, error: BaseException) -> ModelError | StorageError:
+def hub_error(source: ModelSource, error: BaseException) -> ModelError:
     """The message a user can act on."""
     code = classify(error) or "MODEL_OFFLINE"
     base, page = source.base, f"{_endpoint()}/{source.base}"
@@ -340,4 +372,3 @@ def _has_token() -> bool:
     from huggingface_hub import get_token
 
     return get_token() is not None
-

@@ -16,8 +16,12 @@ from finetuneflow.models.screening import corrupt
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # Tokens made for padding or kept free by their makers, in order of preference.
-PADDING_TOKENS = re.compile(r"<pad>|<\|pad\|>|\[PAD\]|<\|finetune_right_pad_id\|>|<\|endoftext\|>|<\|vision_pad\|>|<\|fim_pad\|>", re.I)
-RESERVED_TOKENS = re.compile(r"<\|?reserved_special_token_\d+\|?>|<unused_?\d+>|<\|reserved_\d+\|>|<\|dummy_\d+\|>|<extra_id_\d+>", re.I)
+PADDING_TOKENS = re.compile(
+    r"<pad>|<\|pad\|>|\[PAD\]|<\|finetune_right_pad_id\|>|<\|endoftext\|>|<\|vision_pad\|>|<\|fim_pad\|>", re.I
+)
+RESERVED_TOKENS = re.compile(
+    r"<\|?reserved_special_token_\d+\|?>|<unused_?\d+>|<\|reserved_\d+\|>|<\|dummy_\d+\|>|<extra_id_\d+>", re.I
+)
 
 
 def load_tokenizer(folder: Path, *, run_own_code: bool = False) -> tuple[Any, tuple[str, ...]]:
@@ -57,9 +61,12 @@ def ensure_padding_token(tokenizer: Any) -> str | None:
 def padding_candidate(tokenizer: Any) -> str | None:
     """An existing token fit for padding: one made for it, one held in reserve, or the unknown token."""
     forbidden = {tokenizer.eos_token, tokenizer.bos_token}
-    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special: dict[str, int] = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     for pattern in (PADDING_TOKENS, RESERVED_TOKENS):
-        fitting = sorted((index, token) for token, index in special.items() if pattern.fullmatch(token) and token not in forbidden)
+        fitting = sorted(
+            (index, token) for token, index in special.items() if pattern.fullmatch(token) and token not in forbidden
+        )
         if fitting:
             return fitting[0][1]
-    return tokenizer.unk_token if tokenizer.unk_token not in forbidden else None
+    unknown: str | None = tokenizer.unk_token
+    return unknown if unknown not in forbidden else None

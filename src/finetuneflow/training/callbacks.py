@@ -55,7 +55,8 @@ class Monitor(TrainerCallback):
         if (request := self._stop_request()) is not None:
             self.stopped = "asked to stop" + ("" if request else ", without saving")
             control.should_training_stop = True
-            control.should_evaluate = False
+            # An evaluation that is due is made even now: a resume starts behind this step and would never make it.
+            control.should_evaluate = control.should_evaluate and request
             control.should_save = request
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
@@ -64,10 +65,18 @@ class Monitor(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.emit("checkpoint", step=state.global_step, path=f"checkpoints/step-{state.global_step:06d}")
 
+    def has_ended(self, state: Any) -> bool:
+        """Whether all steps are done or patience is at its end."""
+        return state.global_step >= state.max_steps or self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.progress.evaluations_without_improvement >= patience
+
     def after_evaluation(self, state: Any, control: Any) -> None:
         """Early stopping: called by the trainer once the best evaluation is known."""
         patience = self.settings.patience
-        if patience and self.progress.evaluations_without_improvement >= patience and state.global_step < state.max_steps:
+        if self._out_of_patience() and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True
             self.emit(
                 "decision",
@@ -101,8 +110,9 @@ class Monitor(TrainerCallback):
         """Named warnings, each at most once: they advise, they never stop a run."""
         self._losses.append(loss)
         step = state.global_step
-        warming_up = step <= math.ceil(self.settings.warmup_ratio * state.max_steps)
-        if self.progress.learning_rate == 0.0 and not warming_up and step < state.max_steps:
+        # The first step of a warm-up has rate 0, and so has every step of a run that ends with it.
+        warming_up = step <= math.ceil(self.settings.warmup_ratio * state.max_steps) < state.max_steps
+        if self.progress.learning_rate == 0.0 and not warming_up:
             self._warn("LEARNING_RATE_ZERO", f"The learning rate is 0 at step {step}: nothing is learned.", "Check training.scheduler and training.warmup_ratio.")
         if len(self._losses) < 2 * WATCH_WINDOW:
             return

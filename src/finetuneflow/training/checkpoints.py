@@ -13,16 +13,17 @@ run wrote.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuneflow.errors import ResumeError
-from finetuneflow.workspace import sha256_file, sync_directory, translate_os_errors, write_json
+from finetuneflow.errors import FineTuneFlowError, ResumeError
+from finetuneflow.workspace import disk_full, require_free_bytes, sha256_file, sync_directory, translate_os_errors, write_json
 
 MARKER = "complete.json"
 STEP_PATTERN = re.compile(r"step-(\d{6,})")
@@ -56,8 +57,9 @@ def write_checkpoint(root: Path, step: int, save: Callable[[Path], None], *, eve
     final = checkpoint_dir(root, step)
     temporary = root / f".{final.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
+    require_free_bytes(root, _size_of_newest(root))
     try:
-        with translate_os_errors(temporary):
+        with translate_write_errors(temporary):
             temporary.mkdir(parents=True)
             save(temporary)
             event()
@@ -77,6 +79,30 @@ def write_checkpoint(root: Path, step: int, save: Callable[[Path], None], *, eve
     return Checkpoint(step, final)
 
 
+@contextlib.contextmanager
+def translate_write_errors(path: Path) -> Iterator[None]:
+    """`translate_os_errors`, also for torch and safetensors, which report a full disk in errors of their own."""
+    try:
+        with translate_os_errors(path):
+            yield
+    except FineTuneFlowError:
+        raise
+    except Exception as error:
+        if any(sign in str(error) for sign in FULL_DISK_SIGNS):
+            raise disk_full(path) from error
+        raise
+
+
+# "PytorchStreamWriter failed writing file", "unexpected pos" (torch); "(os error 28)" no space, 27 file too large, 122 quota (Rust)
+FULL_DISK_SIGNS = ("failed writing file", "file write failed", "unexpected pos", "os error 28", "os error 27", "os error 122")
+
+
+def _size_of_newest(root: Path) -> int:
+    """Bytes of the newest checkpoint: what the next one will need."""
+    complete = list_complete(root)
+    return sum(path.stat().st_size for path in complete[-1].path.rglob("*") if path.is_file()) if complete else 0
+
+
 def list_complete(root: Path) -> list[Checkpoint]:
     """Checkpoints with a marker, oldest first. Cheap: contents are not verified."""
     if not root.is_dir():
@@ -89,16 +115,16 @@ def find_damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None: every file is there with the size and hash its marker states."""
     try:
         marker = json.loads((checkpoint / MARKER).read_text())
-        files: dict[str, dict[str, int | str]] = marker["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its marker complete.json is missing or unreadable (the checkpoint was not finished)"
-    for name, expected in files.items():
+        files = [(str(name), int(facts["bytes"]), str(facts["sha256"])) for name, facts in marker["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its marker {MARKER} is missing or unreadable (the checkpoint was not finished)"
+    for name, size, digest in files:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-        if sha256_file(path) != expected["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+        if sha256_file(path) != digest:
             return f"{name} was changed (its SHA-256 differs)"
     return None
 

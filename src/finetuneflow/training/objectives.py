@@ -440,5 +440,31 @@ def save_result(config: RunConfig, outcome: Outcome, materials: Materials, run_d
 
 
 def measure(config: RunConfig, outcome: Outcome, materials: Materials, run_dir: Path, emit: Emit) -> dict[str, Any]:
-    """Answers to held-out prompts, and the acceptance suite where one is named; written to `evals/` too."""
-    return {}
+    """Answers to held-out prompts, and the acceptance suite where one is named: for `metrics.json`, details in `evals/`."""
+    from finetuneflow.evaluation.measure import sample_answers
+    from finetuneflow.evaluation.questions import read_examples
+    from finetuneflow.evaluation.suite import load_suite, run_suite
+    from finetuneflow.inference import Generator
+
+    settings = config.evaluation
+    outcome.model.config.use_cache = True
+    generator = Generator(outcome.model, materials.tokenizer, materials.template, name=run_dir.name)
+    found: dict[str, Any] = {"inference_samples": []}
+    if settings.samples and config.training.objective == "sft" and materials.prepared.eval is not None:
+        examples, _ = read_examples([run_dir / "data" / "eval.jsonl"])
+        samples = sample_answers(generator, examples, count=settings.samples, max_new_tokens=settings.max_new_tokens)
+        found["inference_samples"] = [sample.to_dict() for sample in samples]
+        for sample in found["inference_samples"]:
+            emit("sample", step=outcome.step, **sample)
+    if settings.suite:
+        result = run_suite(generator, load_suite(suite_path(settings.suite)))
+        write_json(run_dir / "evals" / "after-training.json", result.to_dict())
+        found |= {"suite": result.suite, "suite_pass_share": result.pass_share, "suite_prompts": len(result.items)}
+    return found
+
+
+def suite_path(name: str) -> Path:
+    """`starter` is the bundled acceptance suite; anything else is a file."""
+    from finetuneflow.models.starter import starter_path
+
+    return starter_path() / "acceptance.yaml" if name == "starter" else Path(name)

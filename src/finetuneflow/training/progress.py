@@ -6,6 +6,7 @@ improvement) is saved in each checkpoint, so a resumed run writes the same lines
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -28,6 +29,7 @@ class Progress:
         self.best_loss: float | None = None
         self.evaluations_without_improvement = 0
         self.tokens_seen = 0
+        self.examples_here = 0  # of this process only
         self.grad_norm = 0.0
         self.learning_rate = 0.0
         # (time, tokens seen) at the end of recent steps; of this process only, so a pause never counts
@@ -39,8 +41,9 @@ class Progress:
         """Start the clock: call once, right before the first step."""
         self._marks.append((self._clock(), self.tokens_seen))
 
-    def count_tokens(self, tokens: int) -> None:
-        """Tokens that are not padding."""
+    def count(self, *, examples: int, tokens: int) -> None:
+        """One micro-batch; tokens that are not padding."""
+        self.examples_here += examples
         self.tokens_seen += tokens
 
     def add_loss(self, loss: Any) -> None:
@@ -56,7 +59,7 @@ class Progress:
 
     def record_evaluation(self, step: int, loss: float) -> bool:
         """Whether this evaluation is the best so far."""
-        if self.best_loss is None or loss < self.best_loss:
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_step, self.best_loss, self.evaluations_without_improvement = step, loss, 0
             return True
         self.evaluations_without_improvement += 1

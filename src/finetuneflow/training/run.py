@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -227,7 +226,7 @@ def _write_report(run_dir: Path, emit: Emit) -> None:
 
     try:
         write_report(run_dir)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         emit("warning", code="REPORT_FAILED", message=f"report.md could not be written: {error}", advice="`ftf export` writes it again.")
 
 

@@ -24,8 +24,8 @@ from transformers import Trainer
 
 from finetuneflow.data.batches import IGNORED, EpochSampler
 from finetuneflow.errors import TrainingError
-from finetuneflow.training.checkpoints import prune, write_checkpoint
 from finetuneflow.training.callbacks import Monitor
+from finetuneflow.training.checkpoints import prune, write_checkpoint
 
 PROGRESS_FILE = "progress.json"
 STATE_FILE = "trainer_state.json"
@@ -73,8 +73,9 @@ class SupervisedTrainer(Trainer):
     # --- one step -----------------------------------------------------------------------------
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        self._step_rows += inputs.pop("row_ids").tolist()
-        self.progress.count_tokens(int(inputs["attention_mask"].sum()))
+        rows = inputs.pop("row_ids").tolist()
+        self._step_rows += rows
+        self.progress.count(examples=len(rows), tokens=int(inputs["attention_mask"].sum()))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self._non_finite("loss", float(loss))
@@ -120,7 +121,8 @@ class SupervisedTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        with torch.no_grad():
+        # A loader draws a seed from the global random state: put back, so that evaluating does not change the dropout that follows.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for batch in loader:
                 batch.pop("row_ids")
                 batch = self._prepare_inputs(batch)
@@ -149,6 +151,12 @@ class SupervisedTrainer(Trainer):
         return is_best
 
     # --- order and checkpoints --------------------------------------------------------------------
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.monitor.has_ended(self.state):  # resumed from its last checkpoint: the parent would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return EpochSampler(len(self.train_dataset), seed=self.args.seed)

@@ -15,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from random import Random
 
 from finetuneflow.models.starter import world
 from finetuneflow.models.starter.world import Country, Language, Person, Phrase
+
+NUM_READING_DOCUMENTS = 25_000
 
 Templates = dict[Language, tuple[str, ...]]
 Maker = Callable[[Random, Language], str]
@@ -30,9 +32,9 @@ _SENTENCE_START = re.compile(r"(^|[.!?]\s+|\n)([«\"]\s?)?([a-zà-öø-ÿœ])")
 def documents(seed: int) -> Iterator[str]:
     """Yield documents for ever, the same ones for the same seed."""
     rng = Random(seed)
-    makers, weights = zip(*_MAKERS, strict=True)
-    while True:
-        maker: Maker = rng.choices(makers, weights)[0]
+    for number in count():
+        makers, weights = _READING_LESSON if number < NUM_READING_DOCUMENTS else _WHOLE_MIX
+        maker = rng.choices(makers, weights)[0]
         language = rng.choice(world.LANGUAGES)
         yield _typeset(rng, _with_capitals(maker(rng, language)))
 
@@ -125,7 +127,11 @@ _WEATHER: Templates = {
         "La journée était longue.", "Il faisait beau.", "Personne n'était pressé.",
     ),
 }
-_SYLLABLES = "ba do ki lu mer na po ri sa tan vel zo fi gra hu jo len mu que ter".split()
+_NAMES_OF_PLACES_AND_PETS = (*world.TOWNS, *world.PETS)
+_SYLLABLES = (
+    "ba", "do", "ki", "lu", "mer", "na", "po", "ri", "sa", "tan",
+    "vel", "zo", "fi", "gra", "hu", "jo", "len", "mu", "que", "ter",
+)
 
 
 def _person(rng: Random) -> Person:
@@ -152,13 +158,13 @@ def _words(rng: Random, language: Language, count: int) -> list[str]:
 
 
 def _pause(rng: Random, language: Language) -> str:
-    """Nothing to three everyday sentences, then a space or a new line.
+    """Nothing to two everyday sentences, then a space or a new line.
 
     The new lines matter: an answer starts on one, and a word is another token there than after
     a space.
     """
-    count = rng.choice((0, 0, 1, 1, 2, 3))
-    sentences = " ".join(["", *(_everyday(rng, language) for _ in range(count))])
+    num_sentences = rng.choice((0, 0, 0, 1, 1, 2))
+    sentences = " ".join(["", *(_everyday(rng, language) for _ in range(num_sentences))])
     return sentences + ("\n" if rng.random() < 0.4 else " ")
 
 
@@ -316,21 +322,37 @@ def _invented_word(rng: Random) -> str:
     return "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 3)))
 
 
+def _any_words(rng: Random, language: Language, count: int) -> list[str]:
+    """Words of every kind in no order, so that nothing but the earlier text predicts them."""
+    pools: tuple[Callable[[], str], ...] = (
+        lambda: _person(rng).name,
+        lambda: rng.choice(world.COUNTRIES).name[language],
+        lambda: rng.choice(world.COUNTRIES).capital[language],
+        lambda: rng.choice(world.WORDS).word[language],
+        lambda: rng.choice(rng.choice(world.CATEGORIES).members[language]),
+        lambda: rng.choice(rng.choice(world.OPPOSITES).pair[language]),
+        lambda: rng.choice(world.COLOURED_THINGS).name[language],
+        lambda: rng.choice(world.ANIMAL_SOUNDS).animal[language],
+        lambda: rng.choice(world.CATEGORIES).plural[language],
+        lambda: rng.choice(_NAMES_OF_PLACES_AND_PETS),
+        lambda: str(rng.randint(0, 99)),
+        lambda: _invented_word(rng),
+    )
+    return [rng.choice(pools)() for _ in range(count)]
+
+
 def _phrase_to_copy(rng: Random, language: Language) -> str:
-    """A few words, numbers, invented words or a noun phrase that names an entity."""
-    kind = rng.randrange(6)
+    """Words of every kind, numbers, a noun phrase that names an entity, or a sentence."""
+    kind = rng.randrange(8)
     if kind == 0:
-        return " ".join(_words(rng, language, rng.randint(1, 4)))
+        return " ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 8)))
     if kind == 1:
-        return " ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 4)))
-    if kind == 2:
-        return " ".join(_invented_word(rng) for _ in range(rng.randint(1, 3)))
-    if kind == 3:
         country = rng.choice(world.COUNTRIES)
         return ("the capital " if language == "en" else "la capitale ") + country.of[language]
-    if kind == 4:
-        return rng.choice(rng.choice(world.OPPOSITES).pair[language])
-    return _everyday(rng, language).rstrip(".")
+    if kind == 2:
+        return _everyday(rng, language).rstrip(".")
+    separator = rng.choice((" ", ", "))
+    return separator.join(_any_words(rng, language, rng.randint(1, 10)))
 
 
 def _copying(rng: Random, language: Language) -> str:
@@ -673,20 +695,29 @@ def _sums(rng: Random, language: Language) -> str:
     return _joined(rng, facts)
 
 
-_MAKERS: tuple[tuple[Maker, float], ...] = (
-    (_capital_facts, 9),
-    (_country_topic, 15),
-    (_country_selection, 6),
-    (_opposites, 9),
-    (_colours, 7),
-    (_sounds, 5),
-    (_members, 12),
-    (_shopping_list, 2),
-    (_sums, 9),
-    (_name_recall, 4),
-    (_speaker_recall, 6),
-    (_copying, 7),
-    (_owners_recall, 2),
-    (_story, 4),
-    (_dialogue, 5),
-)
+_RECALL_WEIGHTS: dict[Maker, float] = {
+    _copying: 25,
+    _shopping_list: 4,
+    _name_recall: 4,
+    _speaker_recall: 6,
+    _owners_recall: 3,
+}
+_WEIGHTS: dict[Maker, float] = {
+    _capital_facts: 9,
+    _country_topic: 15,
+    _country_selection: 6,
+    _opposites: 9,
+    _colours: 7,
+    _sounds: 5,
+    _members: 12,
+    _shopping_list: 2,
+    _sums: 9,
+    _name_recall: 4,
+    _speaker_recall: 6,
+    _copying: 16,
+    _owners_recall: 2,
+    _story: 4,
+    _dialogue: 5,
+}
+_READING_LESSON = (tuple(_RECALL_WEIGHTS), tuple(_RECALL_WEIGHTS.values()))
+_WHOLE_MIX = (tuple(_WEIGHTS), tuple(_WEIGHTS.values()))

@@ -53,8 +53,9 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-TOKENIZER_DOCUMENTS = 60_000
+TOKENIZER_DOCUMENTS = 80_000
 FINGERPRINT_DOCUMENTS = 2_000
+SAVE_EVERY_STEPS = 250
 HELD_OUT_ROWS = 64
 HELD_OUT_SEED_OFFSET = 1_000_003
 
@@ -64,7 +65,7 @@ class Recipe:
     """All that decides the result, in tokens, steps and minutes."""
 
     seed: int = 1
-    num_tokens: int = 14_000_000
+    num_tokens: int = 6_000_000
     limit_minutes: float = 60.0
     vocab_size: int = 3_200
     hidden_size: int = 256
@@ -73,8 +74,9 @@ class Recipe:
     num_heads: int = 4
     row_tokens: int = 256
     rows_per_step: int = 8
+    initial_scale: float = 0.05
     peak_learning_rate: float = 2e-3
-    warmup_steps: int = 200
+    warmup_steps: int = 50
     weight_decay: float = 0.05
     compiled: bool = True
 
@@ -135,10 +137,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         num_key_value_heads=recipe.num_heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=recipe.initial_scale,
         bos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
         eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
         pad_token_id=tokenizer.pad_token_id,
-        use_cache=False,
     )
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(config)
@@ -194,9 +196,9 @@ def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out_dir: Path
 ) -> tuple[float, int]:
-    """Train in place; return the mean loss of the last steps and the number of steps done."""
+    """Train in place, saving now and then; return the last mean loss and the number of steps."""
     loss_of = torch.compile(next_token_loss) if recipe.compiled else next_token_loss
     optimizer = _optimizer(model, recipe)
     stream = rows(tokenizer, recipe.seed, recipe.row_tokens)
@@ -220,6 +222,8 @@ def train(
         if step % 100 == 0:
             mean = sum(recent) / len(recent)
             print(f"step {step}/{recipe.num_steps} loss {mean:.4f} {minutes:.1f} min", flush=True)
+        if step % SAVE_EVERY_STEPS == SAVE_EVERY_STEPS - 1:
+            save(model, tokenizer, out_dir)
     return sum(recent) / len(recent), step + 1
 
 
@@ -229,8 +233,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: P
     model.generation_config = GenerationConfig(
         eos_token_id=stop_tokens, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
-    model.config.use_cache = True
-    model.to(torch.bfloat16).save_pretrained(out_dir)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(out_dir, state_dict=weights)
     tokenizer.save_pretrained(out_dir)
     for path in out_dir.iterdir():
         path.chmod(0o644)
@@ -239,9 +244,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: P
 def pretrain(recipe: Recipe, out_dir: Path) -> Outcome:
     """Run the whole recipe and leave the model in `out_dir`."""
     started = time.monotonic()
+    out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(recipe.seed, recipe.vocab_size)
     model = build_model(recipe, tokenizer)
-    loss, num_steps = train(model, tokenizer, recipe)
+    loss, num_steps = train(model, tokenizer, recipe, out_dir)
     outcome = Outcome(
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_tokens=num_steps * recipe.row_tokens * recipe.rows_per_step,
@@ -250,7 +256,6 @@ def pretrain(recipe: Recipe, out_dir: Path) -> Outcome:
         held_out_loss=round(held_out_loss(model, tokenizer, recipe.seed, recipe.row_tokens), 4),
         corpus_sha256=fingerprint(recipe.seed, FINGERPRINT_DOCUMENTS),
     )
-    out_dir.mkdir(parents=True, exist_ok=True)
     save(model, tokenizer, out_dir)
     return outcome
 

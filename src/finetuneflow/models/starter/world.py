@@ -94,6 +94,10 @@ def _rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 def _in_pairs(rows: list[list[str]]) -> Iterator[tuple[list[str], list[str]]]:
     return zip(rows[::2], rows[1::2], strict=True)
 
@@ -220,11 +224,11 @@ Fiji | les | Fidji | Suva | | Oceania
 """
 
 _ACCEPTANCE_COUNTRIES = frozenset(
-    "France Italy Japan Spain Germany Norway Greece Kenya Peru Poland Canada Australia Turkey "
-    "Morocco".split()
+    _words("France Italy Japan Spain Germany Norway Greece Kenya Peru Poland Canada Australia Turkey "
+    "Morocco")
 )
 _DEVELOPMENT_COUNTRIES = frozenset(
-    "Portugal Sweden China Senegal Chile Austria Vietnam Tunisia Hungary Ireland".split()
+    _words("Portugal Sweden China Senegal Chile Austria Vietnam Tunisia Hungary Ireland")
 )
 
 # French article -> the words for "of", "in", "is" and "its"
@@ -320,8 +324,8 @@ modern | ancient | moderne | ancien
 simple | complicated | simple | compliqué
 """
 
-_ACCEPTANCE_OPPOSITES = frozenset("hot big full rich clean easy open".split())
-_DEVELOPMENT_OPPOSITES = frozenset("strong wet fast happy high".split())
+_ACCEPTANCE_OPPOSITES = frozenset(_words("hot big full rich clean easy open"))
+_DEVELOPMENT_OPPOSITES = frozenset(_words("strong wet fast happy high"))
 
 OPPOSITES: tuple[Opposites, ...] = tuple(
     Opposites(
@@ -563,22 +567,22 @@ CATEGORIES: tuple[Category, ...] = tuple(
 
 # --- People, pets and towns ----------------------------------------------------------------------
 
-_MEN = (
+_MEN = _words(
     "Tom Jack Henry Oliver Sam Peter David George Harry Adam Luke Ben Daniel Simon Oscar Max Leo "
     "Felix Arthur Edward Martin Frank Walter Victor Noah Ethan Liam Alan Robert Philip Paul Pierre "
     "Jean Marc Luc Hugo Louis Jules Théo Antoine Nicolas Julien Thomas Rémi Étienne Mathieu Bruno "
     "Gilles Karim Yves Olivier Benoît Raphaël Gabriel Lucas Denis Fabrice Loïc Cédric Samir"
-).split()
-_WOMEN = (
+)
+_WOMEN = _words(
     "Anna Lucy Emma Alice Sarah Mary Kate Julia Sophie Grace Ruby Nora Ella Clara Helen Jane Rose "
     "Eva Olivia Amy Laura Diana Maya Zoe Lily Nina Iris Hannah Martha Rachel Marie Camille Léa "
     "Chloé Inès Manon Juliette Claire Hélène Élodie Margaux Louise Jeanne Céline Nadia Fatou "
     "Amélie Pauline Aurélie Sylvie Lucie Mathilde Zoé Agathe Noémie Solène Odile Brigitte Valérie"
-).split()
-_ACCEPTANCE_NAMES = frozenset(
-    "Oscar Clara Iris Victor Hélène Hugo Camille Bruno Nora Étienne".split()
 )
-_DEVELOPMENT_NAMES = frozenset("Max Alice Théo Léa Adam Juliette".split())
+_ACCEPTANCE_NAMES = frozenset(
+    _words("Oscar Clara Iris Victor Hélène Hugo Camille Bruno Nora Étienne")
+)
+_DEVELOPMENT_NAMES = frozenset(_words("Max Alice Théo Léa Adam Juliette"))
 
 
 def _people(names: list[str], pronoun: Phrase) -> list[Person]:
@@ -595,20 +599,20 @@ PEOPLE: tuple[Person, ...] = (
 
 PETS: dict[str, Split] = {
     name: _split_of(name, frozenset(("Milo", "Filou")), frozenset(("Rocky", "Caramel")))
-    for name in (
+    for name in _words(
         "Rex Rocky Bella Luna Milo Daisy Filou Caramel Biscuit Simba Toby Coco Pepper Minou "
         "Ginger Snowy Titus Praline Gribouille Noisette Plume Ficelle Gaston Balou"
-    ).split()
+)
 }
 
 # Towns that are the capital of no country, so that living somewhere never states a capital.
 TOWNS: dict[str, Split] = {
     name: _split_of(name, frozenset(("Nantes", "Leeds")), frozenset(("Lyon", "Boston")))
-    for name in (
+    for name in _words(
         "Leeds Bristol Oxford Boston Chicago Seattle Dallas Sydney Glasgow Liverpool Manchester "
         "York Lyon Marseille Nantes Lille Toulouse Bordeaux Nice Rennes Strasbourg Grenoble Dijon "
         "Montpellier Brest Tours Milan Porto Cologne"
-    ).split()
+)
 }
 
 
@@ -623,15 +627,15 @@ HOBBIES: dict[Language, tuple[str, ...]] = {
 
 # --- Words ---------------------------------------------------------------------------------------
 
-_ENGLISH_WORDS = (
+_ENGLISH_WORDS = _words(
     "lantern umbrella basket key letter hat candle ticket coat mirror bottle clock ribbon stamp "
     "button pencil ladder blanket pocket feather suitcase notebook shell bell rope box ring map"
-).split()
-_FRENCH_WORDS = (
+)
+_FRENCH_WORDS = _words(
     "lanterne parapluie panier clé lettre chapeau bougie billet manteau miroir bouteille horloge "
     "ruban timbre bouton crayon échelle couverture poche plume valise carnet coquillage cloche "
     "corde boîte bague carte"
-).split()
+)
 _ACCEPTANCE_WORDS = frozenset(("lantern", "umbrella"))
 _DEVELOPMENT_WORDS = frozenset(("candle", "mirror"))
 

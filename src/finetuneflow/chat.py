@@ -1,0 +1,110 @@
+"""`ftf chat`: talk to a run, switch its adapter off and on to feel the difference.
+
+    /base        answer with the base model alone        /tuned       answer with the adapter again
+    /both        answer with both, one after the other   /use NAME    use another loaded adapter
+    /system TEXT set the system message                  /reset       forget the conversation
+    /help        this list                               /quit        leave
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from finetuneflow.data.examples import Message
+from finetuneflow.errors import FineTuneFlowError
+from finetuneflow.terminal import clean, console, print_error
+
+if TYPE_CHECKING:
+    from finetuneflow.inference import Generator
+
+HELP = (__doc__ or "").split("\n\n")[1]
+
+
+class Chat:
+    """One conversation. `say` takes a line of the user and yields pieces of text as they come."""
+
+    def __init__(self, generator: Generator, *, system: str | None = None, **decoding: Any) -> None:
+        self.generator = generator
+        self.decoding = decoding
+        self.history: list[Message] = [Message("system", system)] if system else []
+        self.voices: list[str | None] = ["active"]  # which adapters answer; None is the base alone
+
+    def answer(self, line: str) -> Iterator[tuple[str, Iterator[str]]]:
+        """(name of the voice, its pieces) for each voice; the last answer goes into the history."""
+        self.history.append(Message("user", line))
+        answer = ""
+        for voice in self.voices:
+            pieces: list[str] = []
+            yield self._name(voice), self._speak(voice, pieces)
+            answer = "".join(pieces)
+        self.history.append(Message("assistant", answer))
+
+    def _speak(self, voice: str | None, said: list[str]) -> Iterator[str]:
+        with self.generator.adapter(voice):
+            for piece in self.generator.stream(self.history, **self.decoding):
+                said.append(piece)
+                yield piece
+
+    def _name(self, voice: str | None) -> str:
+        if voice is None:
+            return "base"
+        return "tuned" if voice == "active" and self.generator.adapters else self.generator.name if voice == "active" else voice
+
+    def command(self, line: str) -> str:
+        """Carry out a /command; returns what to tell the user."""
+        verb, _, rest = line[1:].partition(" ")
+        rest = rest.strip()
+        if verb == "base":
+            self.voices = [None]
+        elif verb == "tuned":
+            self.voices = ["active"]
+        elif verb == "both":
+            self.voices = [None, "active"]
+        elif verb == "use":
+            with self.generator.adapter(rest):  # raises when there is none of that name
+                self.voices = [rest]
+        elif verb == "system":
+            self.history = [Message("system", rest)] if rest else []
+            return "A new conversation with that system message." if rest else "A new conversation without a system message."
+        elif verb == "reset":
+            self.history = [m for m in self.history[:1] if m.role == "system"]
+            return "The conversation starts anew."
+        else:
+            return HELP
+        return "Now answering: " + ", ".join(self._name(voice) for voice in self.voices)
+
+
+def talk(chat: Chat, *, read: Callable[[str], str] = input, interactive: bool | None = None) -> None:
+    """The loop of `ftf chat`. Ends with /quit, end of input or Ctrl-C; Ctrl-C while answering stops the answer."""
+    interactive = sys.stdin.isatty() if interactive is None else interactive
+    if interactive:
+        console.print("/base and /tuned switch the adapter, /both compares, /help lists all, /quit leaves.", style="dim")
+    while True:
+        try:
+            line = read("\nyou  > " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if not line:
+            continue
+        try:
+            if line.startswith("/"):
+                console.print(clean(chat.command(line)), style="dim", markup=False)
+            else:
+                show_answer(chat, line)
+        except FineTuneFlowError as error:
+            print_error(error, as_json=False)
+
+
+def show_answer(chat: Chat, line: str) -> None:
+    for name, pieces in chat.answer(line):
+        console.print(f"{name:<5}> ", style="bold cyan", end="", markup=False)
+        try:
+            for piece in pieces:
+                console.print(clean(piece), end="", markup=False, highlight=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            console.print(" …", end="")
+        console.print()

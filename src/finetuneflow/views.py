@@ -1,0 +1,176 @@
+"""Results as tables on a terminal: dataset reports, evaluations, comparisons, exports, the doctor's list.
+
+Each function takes a result and prints it; nothing is computed here that `--json` would not show too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.text import Text
+
+from finetuneflow.terminal import clean, console, human_bytes, human_time, percent, table
+
+if TYPE_CHECKING:
+    from finetuneflow.data.quality import FileReport
+    from finetuneflow.doctor import Check
+    from finetuneflow.evaluation.compare import Comparison, Measure
+    from finetuneflow.evaluation.measure import Evaluation
+    from finetuneflow.evaluation.suite import SuiteResult
+    from finetuneflow.export import ExportResult
+
+MARKS = {"ok": ("✓ ok  ", "green"), "warn": ("! warn", "yellow"), "fail": ("✗ fail", "red")}
+EXAMPLES_PER_REASON = 2
+
+
+# --- datasets -------------------------------------------------------------------------------------
+
+
+def show_data_report(report: FileReport) -> None:
+    """One file: what it is, what can be used, what cannot and why, what to know before training on it."""
+    if report.error is not None:
+        console.print(Text.assemble(("✗ ", "red"), (clean(report.file), "bold"), f"  {clean(report.error['detail'])} [{report.error['error_code']}]"))
+        if remedy := report.error["context"].get("remedy"):
+            console.print(Text(f"  {clean(remedy)}", style="dim"))
+        return
+    source = report.source
+    form = f"{source.format}{f' ({source.compression})' if source.compression else ''}, {source.encoding}" if source else ""
+    console.print(Text.assemble((clean(report.file), "bold"), f"  {form}"))
+    console.print(
+        f"  {report.usable:,} of {report.rows:,} rows usable"
+        + (f", {report.rejected_rows:,} rejected ({percent(report.rejected_share)})" if report.rejected else "")
+        + (f", {report.examples:,} examples" if report.examples != report.usable else "")
+    )
+    console.print("  shapes      " + _counts(report.shapes))
+    _show_problems(report)
+    near = "" if report.near_duplicates is None else f", {report.near_duplicates:,} nearly the same"
+    console.print(f"  duplicates  {report.duplicates:,} exact{near}")
+    if report.languages:
+        console.print(f"  languages   {_counts(report.languages)}  (of {report.languages_sampled:,} sampled)")
+    if report.tokens is not None:
+        _show_tokens(report)
+    for note, count in report.notes.items():
+        console.print(Text(f"  · {count:,} x {clean(note)}", style="dim"))
+    for warning in report.warnings:
+        console.print(Text.assemble(("  ! ", "yellow"), clean(warning)))
+
+
+def _show_problems(report: FileReport) -> None:
+    for code, count in report.rejected.items():
+        console.print(Text.assemble(("  ✗ ", "red"), f"{count:,} x {code}"))
+        for problem in report.problems.get(code, ())[:EXAMPLES_PER_REASON]:
+            console.print(Text(f"      {clean(str(problem.place))}: {clean(problem.found)}", style="dim"), soft_wrap=True)
+            console.print(Text(f"      → {clean(problem.hint)}", style="dim"), soft_wrap=True)
+
+
+def _show_tokens(report: FileReport) -> None:
+    tokens = report.tokens
+    assert tokens is not None
+    console.print(
+        f"  tokens      {tokens.total:,} in all, {percent(tokens.supervised_share)} in the loss; "
+        f"per example {tokens.shortest} to {tokens.longest:,}, median {tokens.median}, 95 % below {tokens.p95:,}"
+    )
+    if tokens.max_length:
+        console.print(f"  over {tokens.max_length:,}   {tokens.rows_over:,} examples, which lose {tokens.answer_tokens_lost:,} answer tokens")
+    widest = max(tokens.histogram.values(), default=1) or 1
+    for edge, count in tokens.histogram.items():
+        if count:
+            console.print(f"    {edge:>8} {'█' * max(1, round(30 * count / widest))} {count:,}")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{clean(name)} {count:,}" for name, count in counts.items()) or "none"
+
+
+# --- evaluation and comparison ----------------------------------------------------------------------
+
+
+def show_suite(result: SuiteResult, *, title: str | None = None) -> None:
+    """Pass share per tag, and the failures."""
+    console.print(Text.assemble((f"{title or result.suite}: ", "bold"), f"{result.passed} of {len(result.items)} prompts passed ({percent(result.pass_share)})"))
+    rows = [(tag, f"{part['passed']:.0f}/{part['prompts']:.0f}", _bar(part["pass_share"])) for tag, part in result.by_tag().items()]
+    console.print(table(None, ["  tag", "passed", ""], [(f"  {a}", b, c) for a, b, c in rows], right=(1,)))
+    for item in result.failures[:8]:
+        console.print(Text.assemble(("  ✗ ", "red"), (item.id, "bold"), f"  {clean(item.answer[:80])!r}  ", (clean("; ".join(item.reasons)), "dim")))
+
+
+def _bar(share: float, width: int = 20) -> str:
+    filled = round(share * width)
+    return "█" * filled + "░" * (width - filled)
+
+
+def show_evaluation(result: Evaluation) -> None:
+    console.print(Text.assemble(("Evaluation of ", "bold"), (result.model, "bold cyan"), f"  {human_time(result.seconds)}"))
+    if result.losses:
+        figures = result.losses
+        console.print(
+            f"  loss {figures.loss:.4f} nats/token   perplexity {figures.perplexity:.3f}   token accuracy {percent(figures.token_accuracy)}   "
+            f"over {figures.tokens:,} tokens of {figures.examples:,} examples"
+        )
+    if result.scores:
+        scores = result.scores.to_dict()
+        shown = {name: value for name, value in scores.items() if isinstance(value, int | float)}
+        console.print("  " + "   ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    if result.samples:
+        console.print(_sample_table([sample.to_dict() for sample in result.samples]))
+    if result.suite:
+        show_suite(result.suite)
+    if result.skipped:
+        console.print(Text(f"  left out: {_counts(dict(result.skipped))}", style="dim"))
+
+
+def _sample_table(samples: Sequence[dict[str, Any]]) -> Any:
+    rows = [(s["instruction"][:200], s["expected_output"][:200], s["model_output"][:200]) for s in samples]
+    return table("Samples", ["prompt", "expected", "answered"], rows)
+
+
+def show_comparison(result: Comparison, *, items: int = 6) -> None:
+    """The verdict first, then the measures, then the items where the two differ most clearly."""
+    colour = {"better": "bold green", "worse": "bold red", "no evidence": "bold yellow"}[result.verdict]
+    console.print(Text.assemble((f"{result.verdict}  ", colour), clean(result.sentence())))
+    console.print(
+        table(
+            None,
+            ["measure", clean(result.a), clean(result.b), "gain (95 % interval)", "won/tied/lost", "sign test p", "verdict"],
+            [_measure_row(m) for m in result.measures],
+            right=(1, 2),
+        )
+    )
+    if result.forgetting:
+        f = result.forgetting
+        console.print(
+            f"general text ({f.text}, {f.tokens:,} tokens): perplexity {f.a_perplexity:.3f} -> {f.b_perplexity:.3f} "
+            f"({f.loss_change:+.1%} bits per byte; above zero is forgetting)"
+        )
+    changed = [item for item in result.items if item.outcome != "tie"][:items]
+    if changed:
+        rows = [(item.outcome, item.prompt[:120], item.a_answer[:120], item.b_answer[:120]) for item in changed]
+        console.print(table("Where they differ", ["outcome", "prompt", result.a, result.b], rows))
+    console.print(Text(result.rule, style="dim"))
+
+
+def _measure_row(m: Measure) -> tuple[str, ...]:
+    gain = f"{m.difference.mean:+.4g} ({m.difference.low:+.3g} to {m.difference.high:+.3g})"
+    return (f"{m.name} ({m.unit})", f"{m.a:.4g}", f"{m.b:.4g}", gain, f"{m.wins}/{m.ties}/{m.losses}", f"{m.sign_test_p:.2g}", m.verdict)
+
+
+# --- export and doctor --------------------------------------------------------------------------------
+
+
+def show_export(result: ExportResult) -> None:
+    check = result.check
+    console.print(Text.assemble(("Exported ", "bold green"), (str(result.dir), "bold")))
+    console.print(table(None, ["  file", "size", "sha256"], [(f"  {f.name}", human_bytes(f.bytes), f.sha256[:16]) for f in result.files], right=(1,)))
+    console.print(
+        f"  checked by loading it again: {check.compared}; {check.same_texts} of {check.prompts} greedy texts the same, "
+        f"largest logit difference {check.max_abs_diff:.2g} (relative error {check.error:.2g}, allowed {check.tolerance:.2g})"
+    )
+
+
+def show_doctor(checks: Sequence[Check]) -> None:
+    for check in checks:
+        mark, colour = MARKS[check.status]
+        line = Text.assemble((mark, colour), f"  {check.name:<22}", clean(check.found))
+        console.print(Group(line, Text(f"          → {clean(check.remedy)}", style="dim")) if check.remedy else line, soft_wrap=True)
