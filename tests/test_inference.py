@@ -127,8 +127,40 @@ class _Shape:
     """The part of a model that a batch plan looks at: a context of 64 tokens, attention."""
 
     class config:
+        model_type = "llama"
         num_attention_heads = 4
         max_position_embeddings = 64
+
+
+def test_a_recurrent_model_that_cannot_leave_padding_out_batches_equal_lengths_only() -> None:
+    class Recurrent:
+        class config:
+            model_type = "rwkv"
+
+    generator = Generator(Recurrent(), None, None)  # type: ignore[arg-type]
+    lengths = [3, 5, 3, 5, 5, 2]
+    batches = generator.plan_batches([[1] * n for n in lengths], Decoding(), batch_size=2)
+    assert [[lengths[i] for i in batch] for batch in batches] == [[5, 5], [5], [3, 3], [2]]
+
+
+def test_a_long_conversation_loses_its_oldest_exchanges_but_not_its_system_message() -> None:
+    generator = tiny_generator("gpt2")
+    turns = [Message(role, f"{role} {i} " + "é" * 40) for i in range(9) for role in ("user", "assistant")][:-1]
+    chat = [Message("system", "Be brief."), *turns]
+    kept = generator.recent(chat, room=100)
+    assert kept[0] == chat[0] and kept[1:] == turns[-len(kept) + 1 :] and kept[1].role == "user"
+    assert len(generator.prompt_ids(kept)) <= 512 - 100 < len(generator.template.prompt_ids([chat[0], *turns[-len(kept) - 1 :]]))
+    assert generator.recent(chat[:2], room=511) == chat[:2]
+    assert generator.recent(turns[:1], room=1) == turns[:1]
+
+
+def test_a_model_asked_between_two_training_steps_goes_on_training() -> None:
+    generator = tiny_generator("phi3")
+    generator.model.train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    generator.model(input_ids=ids, labels=ids).loss.backward()
+    generator.generate(PROMPTS[:2], max_new_tokens=2)
+    generator.model(input_ids=ids, labels=ids).loss.backward()
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -324,6 +356,13 @@ def test_a_run_that_did_not_end_says_so_and_answers_from_a_checkpoint(run: Path)
     with pytest.raises(ModelError, match="instead of") as caught:
         load_generator(run, checkpoint=20)
     assert caught.value.code == "CHECKPOINT_UNUSABLE"
+
+
+def test_a_run_is_loaded_in_the_precision_it_asked_for(tmp_path: Path) -> None:
+    for settings, expected in (({"model__dtype": "float32"}, torch.float32), ({"training__precision": "fp32"}, torch.float32)):
+        run = make_run(tmp_path / str(len(str(settings))), **settings)
+        model = load_generator(run, adapter=False).model
+        assert {p.dtype for p in model.parameters()} == {expected}
 
 
 def test_a_run_is_asked_through_the_template_it_was_trained_with(run: Path) -> None:

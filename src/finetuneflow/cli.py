@@ -11,11 +11,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from finetuneflow.errors import CODES, ConfigError, FineTuneFlowError
+from finetuneflow.errors import CODES, ConfigError, FineTuneFlowError, missing_extra
 from finetuneflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at, check and convert datasets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+
+# What `finetuneflow[train]` brings; without it the light verbs still work.
+TRAIN_PACKAGES = frozenset({"torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub", "bitsandbytes", "sacrebleu", "rouge_score", "matplotlib"})
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 WorkspaceDir = Annotated[Path | None, typer.Option("--workspace", help="Data directory. [default: $FTF_HOME or ./ftf-workspace]", show_default=False)]
@@ -702,16 +705,25 @@ def main() -> None:
     try:
         app()
     except FineTuneFlowError as error:
-        from finetuneflow.terminal import print_error
-
-        print_error(error, as_json=as_json)
-        raise SystemExit(error.exit_code) from None
+        _fail(error, as_json=as_json)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in TRAIN_PACKAGES:
+            raise
+        _fail(missing_extra(package, "train"), as_json=as_json)
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")
         raise SystemExit(130) from None
     except BrokenPipeError:  # `ftf … | head`
         sys.stderr.close()
         raise SystemExit(0) from None
+
+
+def _fail(error: FineTuneFlowError, *, as_json: bool) -> NoReturn:
+    from finetuneflow.terminal import print_error
+
+    print_error(error, as_json=as_json)
+    raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

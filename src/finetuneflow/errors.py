@@ -126,9 +126,11 @@ CODES: dict[str, str] = {
     "TRAINING_NO_TURN_END": "No label teaches the model to end its turn.",
     "TRAINING_DOUBLED_BOS": "Examples start with two beginning-of-sequence tokens.",
     "TRAINING_FAILED": "The run stopped on an unexpected error.",
+    "TRAINING_INTERRUPTED": "The run was interrupted from the keyboard before it could save.",
     "RESUME_NO_CHECKPOINT": "The run has no complete checkpoint to resume from.",
     "RESUME_CHANGED": "Configuration, data, tokenizer or code differ from the interrupted run.",
     "RESUME_FINISHED": "The run ended already; there is nothing to resume.",
+    "VERIFY_FAILED": "A run that was to prove exact resuming ended with an error of its own.",
     # evaluation and inference
     "DECODING_INVALID": "The settings of generation (length, temperature, top_p) cannot be used.",
     "PROMPT_TOO_LONG": "A prompt leaves the model no room for an answer in its context.",

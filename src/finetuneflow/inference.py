@@ -22,15 +22,20 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from finetuneflow.data.examples import Message
 from finetuneflow.errors import EvaluationError, ModelError
 
+if TYPE_CHECKING:
+    from finetuneflow.config import RunConfig
+
 DEFAULT_BATCH = 32
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+# State-space models that keep padding out of their state; other models without attention do not.
+MASK_PADDING = frozenset({"mamba", "mamba2", "falcon_mamba"})
 # A model whose config states no limit (Mamba) has none that matters here.
 NO_LIMIT = 1 << 30
 
@@ -126,11 +131,15 @@ class Generator:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Any]:
-        """The model in evaluation mode with this generator's adapter; training mode and adapter are restored."""
+        """The model in evaluation mode with this generator's adapter; training mode and adapter are restored.
+
+        Between training steps gradients are only switched off: buffers that a model renews on the way (rotary tables)
+        would be tensors of inference mode, which a later backward pass refuses.
+        """
         was_training = self.model.training
         self.model.eval()
         try:
-            with self._switched(), torch.inference_mode():
+            with self._switched(), torch.no_grad() if was_training else torch.inference_mode():
                 yield self.model
         finally:
             self.model.train(was_training)
@@ -202,6 +211,21 @@ class Generator:
             )
         return ids
 
+    def recent(self, messages: Sequence[Message], *, room: int) -> list[Message]:
+        """A conversation without its oldest exchanges where that is needed to leave `room` tokens for the answer.
+
+        The system message stays, and the last turn always does, even if it does not fit.
+        """
+        system, turns = list(messages[:1]), list(messages[1:])
+        if system and system[0].role != "system":
+            system, turns = [], list(messages)
+        while len(self.template.prompt_ids([*system, *turns])) + room > self.context_length:
+            later = [i for i in range(1, len(turns)) if turns[i].role == "user"]
+            if not later:
+                break
+            turns = turns[later[0] :]
+        return [*system, *turns]
+
     def generate(
         self,
         prompts: Sequence[Sequence[Message]],
@@ -224,10 +248,11 @@ class Generator:
         """Which prompts (by index) are answered together: neighbours in length, the longest first.
 
         A prompt so near the context limit that its answer must be shorter goes alone, so that padding never
-        costs it a token. State-space models carry padding into their state: they batch equal lengths only.
+        costs it a token. A recurrent model that would carry padding into its state batches equal lengths only.
         """
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        recurrent = not hasattr(self.model.config, "num_attention_heads")
+        config = self.model.config
+        recurrent = not hasattr(config, "num_attention_heads") and config.model_type not in MASK_PADDING
         batches: list[list[int]] = []
         for i in order:
             alone = len(prompts[i]) + decoding.max_new_tokens > self.context_length
@@ -551,6 +576,8 @@ def _from_run(run: Path, *, with_adapter: bool, checkpoint: str | int | None, op
     from finetuneflow.models.source import ModelSource
 
     config, _ = load_config(run / "run.yaml")
+    if options["dtype"] == "auto":
+        options = {**options, "dtype": _dtype_of_run(config)}
     source = ModelSource(config.model.base, config.model.revision, config.model.trust_remote_code)
     if config.method.is_adapter:
         quantize = {"quantize": "nf4", "double_quant": config.method.double_quantization} if config.method.kind == "qlora" else {}
@@ -563,6 +590,12 @@ def _from_run(run: Path, *, with_adapter: bool, checkpoint: str | int | None, op
     tokenizer = _tokenizer_of(run / "tokenizer") or loaded.tokenizer
     name = run.resolve().name if with_adapter else "base"
     return Generator(loaded.model, tokenizer, _template_of_run(run, tokenizer), name=name)
+
+
+def _dtype_of_run(config: RunConfig) -> str:
+    """The precision the run asked for, in the terms of `models.load`."""
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    return names.get(config.model.dtype, config.training.precision)
 
 
 def _weights_dir(run: Path, checkpoint: str | int | None, *, final: str) -> Path:

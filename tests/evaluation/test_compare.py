@@ -12,7 +12,7 @@ import torch
 
 from evaluation.asking import PROMPTS, chat, naive_greedy, tiny_generator
 from export.run_dir import make_run
-from finetuneflow.data.examples import Example, Place
+from finetuneflow.data.examples import Example, Message, Place
 from finetuneflow.errors import EvaluationError
 from finetuneflow.evaluation.compare import GENERAL_TEXT, compare, compare_suites, measure_forgetting, measure_pairs
 from finetuneflow.evaluation.questions import fitting, questions, read_examples
@@ -59,12 +59,11 @@ def test_saved_suite_results_are_compared_and_others_refused() -> None:
 
 def learned(generator: Any, count: int) -> list[Example]:
     """Questions whose expected answers are what this very model says: nobody can do better."""
-    return [chat(f"{prompt[0].content} {i}", _says(generator, f"{prompt[0].content} {i}"), i) for i, prompt in zip(range(count), PROMPTS * 3)]
+    asked = [f"{prompt[0].content} {i}" for i, prompt in enumerate((PROMPTS * 3)[:count])]
+    return [chat(question, _says(generator, question), i) for i, question in enumerate(asked)]
 
 
 def _says(generator: Any, question: str) -> str:
-    from finetuneflow.data.examples import Message
-
     ids = naive_greedy(generator.model, generator.prompt_ids((Message("user", question),)), 12)
     return str(generator.tokenizer.decode(ids, skip_special_tokens=True).strip()) or "x"
 
@@ -82,7 +81,7 @@ def test_the_model_that_wrote_the_answers_is_found_better_than_another() -> None
 def test_the_loss_of_an_expected_answer_equals_a_loop_over_its_tokens() -> None:
     a, b = tiny_generator(), tiny_generator(seed=1)
     compared = compare(a, b, [chat("What is 3 + 4?", "It is 7.")], max_new_tokens=2, general_text=None)
-    prompt = list(a.prompt_ids(PROMPTS[0][:0] or (chat("What is 3 + 4?", "").messages[0],)))
+    prompt = list(a.prompt_ids((Message("user", "What is 3 + 4?"),)))
     answer = a.tokenizer("It is 7.", add_special_tokens=False)["input_ids"] + [a.tokenizer.convert_tokens_to_ids("<|im_end|>")]
     with torch.no_grad():
         log_likelihood = torch.log_softmax(a.model(input_ids=torch.tensor([prompt + answer])).logits[0], dim=-1)

@@ -82,8 +82,8 @@ def _save_weights(run_dir: Path, base: Path, kind: str) -> None:
 def _write_data(run_dir: Path) -> None:
     eval_path = run_dir / "data/eval.jsonl"
     eval_path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in EVAL_ROWS))
-    train = {"file": "/somewhere/private/train.jsonl", "sha256": "ab" * 32, "rows": 120}
-    held_out = {"file": "eval.jsonl", "sha256": sha256_file(eval_path), "rows": 2}
+    train = {"file": "/somewhere/private/train.jsonl", "sha256": "ab" * 32, "bytes": 15_689}
+    held_out = {"file": "eval.jsonl", "sha256": sha256_file(eval_path), "bytes": 211}
     manifest = {"train": [train], "eval": [held_out], "train_examples": 118, "eval_examples": 2, "avg_tokens": 41.25}
     write_json(run_dir / "data/manifest.json", manifest)
 
@@ -105,9 +105,8 @@ def _write_events(path: Path, steps: int) -> None:
 def _write_figures(run_dir: Path) -> None:
     metrics = {
         "train_loss": 1.0312, "eval_loss": 1.0873, "perplexity": 2.9663, "train_runtime": 3723.4,
-        "train_samples_per_second": 12.5, "best_step": 300, "peak_memory_bytes": 812_000_000,
+        "train_samples_per_second": 12.5, "best_step": 300, "peak_memory_bytes": 812_000_000, "inference_samples": SAMPLES, "suite": "greetings", "suite_pass_share": 0.925, "suite_prompts": 40,
     }  # fmt: skip
     write_json(run_dir / "metrics.json", metrics)
     hardware = {"gpus": [], "cpu": {"model": "Example CPU 9000"}, "packages": {"torch": "2.13.0", "peft": "0.21.2"}}
     write_json(run_dir / "environment.json", {"hardware": hardware, "setup": {"device": "cpu", "threads": 2, "learning_rate": 2e-4}})
-    write_json(run_dir / "evals/final.json", {"inference_samples": SAMPLES})

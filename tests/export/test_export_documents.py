@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import struct
 import subprocess
@@ -82,7 +83,7 @@ def test_a_lowered_learning_rate_is_reported_as_used(new_run: RunMaker) -> None:
 
 def test_what_was_not_measured_is_said_to_be_so(new_run: RunMaker) -> None:
     run_dir = new_run("lora")
-    for name in ("metrics.json", "environment.json", "data/manifest.json", "events.jsonl", "evals/final.json"):
+    for name in ("metrics.json", "environment.json", "data/manifest.json", "events.jsonl"):
         (run_dir / name).unlink()
     lines = lines_of(run_dir)
     assert value(lines, "Final eval loss") == value(lines, "Train examples") == value(lines, "Training time") == "not measured"
@@ -92,12 +93,22 @@ def test_what_was_not_measured_is_said_to_be_so(new_run: RunMaker) -> None:
 def test_samples_cannot_break_the_table_or_run_as_markup(new_run: RunMaker) -> None:
     run_dir = new_run("lora")
     hostile = "a | b\n<script>alert(1)</script> `x` \x1b[31m \u202e [l](javascript:x) &amp; \\|"
-    write_json(run_dir / "evals/final.json", {"samples": [{"instruction": hostile, "expected_output": hostile, "model_output": hostile}]})
+    write_json(run_dir / "metrics.json", {"inference_samples": [{"instruction": hostile, "expected_output": hostile, "model_output": hostile}]})
     row = lines_of(run_dir)[-1]
     bare = row.replace("\\\\", "").replace("\\|", "")  # an escaped backslash first: "\\|" would end the cell
     assert bare.count("|") == 4
     for forbidden in ("<script", "\x1b", "\u202e", "[l](", " `x"):
         assert forbidden not in row
+
+
+def test_a_run_without_samples_of_its_own_shows_those_of_its_newest_evaluation(new_run: RunMaker) -> None:
+    run_dir = new_run("lora")
+    write_json(run_dir / "metrics.json", {"inference_samples": []})
+    for number, name in enumerate(("old", "new", "none")):
+        samples = [] if name == "none" else [{"instruction": "Q", "input": "", "expected_output": "E", "model_output": name}]
+        write_json(run_dir / f"evals/{name}.json", {"samples": samples})
+        os.utime(run_dir / f"evals/{name}.json", (1000 + number, 1000 + number))
+    assert lines_of(run_dir)[-1] == "| Q | E | new |"
 
 
 def test_a_long_answer_is_cut_and_says_by_how_much() -> None:
@@ -148,7 +159,7 @@ def card_of(run_dir: Path, files_kind: str = "adapter") -> tuple[dict[str, objec
 def test_the_card_is_filled_from_the_run(new_run: RunMaker) -> None:
     front, body = card_of(new_run("lora"))
     assert front["library_name"] == "peft" and front["base_model"] == "base" and "lora" in front["tags"]  # type: ignore[operator]
-    for fact in ("ab" * 32, "train.jsonl", "118", "1.0873", "2e-4", "assistant turns", "99.6%", "812.0 MB", "torch 2.13.0"):
+    for fact in ("ab" * 32, "train.jsonl", "118", "1.0873", "2e-4", "assistant turns", "99.6%", "812.0 MB", "15.7 kB", "92.5% of 40", "torch 2.13.0"):
         assert fact in body
     assert "/somewhere/private" not in body
     assert card_of(new_run("full"), "model")[0]["library_name"] == "transformers"

@@ -514,6 +514,7 @@ def test_saving_an_adapter_asks_nobody_and_others_may_read_it(
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("the hub was asked"))
     model = attach_adapter(load(folder).model, AdapterSpec(modules_to_save=["embed_tokens"]), base_revision="abc")
     model.peft_config["default"].base_model_name_or_path = "starter"
+    model.save_pretrained(tmp_path / "checkpoint")  # as a trainer does
     save_adapter_of(model, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("starter", "abc")

@@ -29,12 +29,8 @@ def _suite(name: str) -> dict[str, Any]:
 @cache
 def _tuning_conversations() -> tuple[tuple[dict[str, str], ...], ...]:
     """Every conversation of the written training and validation files, at the default settings."""
-    training = tuning.examples(
-        split="tuning", seed=tuning.DEFAULT_SEED, count=tuning.NUM_TRAINING_EXAMPLES
-    )
-    validation = tuning.examples(
-        split="development", seed=tuning.DEFAULT_SEED, count=tuning.NUM_VALIDATION_EXAMPLES
-    )
+    training = tuning.examples(split="tuning", seed=tuning.DEFAULT_SEED, count=tuning.NUM_TRAINING_EXAMPLES)
+    validation = tuning.examples(split="development", seed=tuning.DEFAULT_SEED, count=tuning.NUM_VALIDATION_EXAMPLES)
     return tuple(tuple(example["messages"]) for example in (*training, *validation))
 
 
@@ -100,19 +96,13 @@ def test_no_sum_held_out_for_acceptance_appears_in_tuning_in_either_order() -> N
 
 @pytest.mark.parametrize("name", SUITES)
 def test_no_suite_prompt_is_a_tuning_prompt(name: str) -> None:
-    training = tuning.examples(
-        split="tuning", seed=tuning.DEFAULT_SEED, count=tuning.NUM_TRAINING_EXAMPLES
-    )
+    training = tuning.examples(split="tuning", seed=tuning.DEFAULT_SEED, count=tuning.NUM_TRAINING_EXAMPLES)
     asked = {json.dumps(example["messages"][:-1]) for example in training}
-    assert not [
-        prompt["id"] for prompt in _suite(name)["prompts"] if json.dumps(prompt["messages"]) in asked
-    ]
+    assert not [prompt["id"] for prompt in _suite(name)["prompts"] if json.dumps(prompt["messages"]) in asked]
 
 
 def test_acceptance_and_development_suites_share_no_prompt() -> None:
-    acceptance, development = (
-        {json.dumps(prompt["messages"]) for prompt in _suite(name)["prompts"]} for name in SUITES
-    )
+    acceptance, development = ({json.dumps(prompt["messages"]) for prompt in _suite(name)["prompts"]} for name in SUITES)
     assert len(acceptance) >= 60
     assert not acceptance & development
 
@@ -196,14 +186,8 @@ def test_special_tokens_are_single_and_distinct(tokenizer: Any) -> None:
 
 def test_the_chat_template_marks_only_what_the_assistant_says(tokenizer: Any) -> None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
-    encoded = tokenizer.apply_chat_template(
-        turns, return_dict=True, return_assistant_tokens_mask=True
-    )
-    marked = [
-        token
-        for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        if mask
-    ]
+    encoded = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    marked = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
     assert tokenizer.decode(marked) == "Good day<|im_end|>"
 
 

@@ -8,6 +8,7 @@ template, tokenizer, policy and our own code), and appears whole or not at all.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -17,16 +18,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from finetuneflow.data.examples import Example, Kind, Mapping, Problem, to_examples, write_canonical
 from finetuneflow.data.sources import read_rows
 from finetuneflow.data.splits import leaks, split
 from finetuneflow.data.templates import Template
-from finetuneflow.data.tokens import Policy, TokenizeStats, audit, tokenize_many
+from finetuneflow.data.tokens import MASKED, Policy, TokenizeStats, audit, tokenize_many
 from finetuneflow.errors import DataError
 from finetuneflow.events import Emit
 from finetuneflow.workspace import sha256_file, sha256_json, source_digest, translate_os_errors, write_json
 
 ROWS_PER_BATCH = 1_000
+BUILDING = ".building-"  # beginning of the name of a folder that is being filled; the process id follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,11 @@ class Prepared:
     manifest: dict[str, Any]
     digest: str
 
+    @property
+    def files(self) -> dict[str, str]:
+        """What each data file held: name -> size and hash, in words."""
+        return {entry["file"]: f"{entry['bytes']:,} bytes, SHA-256 {entry['sha256'][:16]}" for entry in (*self.manifest["train"], *self.manifest["eval"])}
+
     def place(self, index: int) -> str:
         """File and row a training row came from."""
         return str(self.train[index]["place"])
@@ -75,8 +84,9 @@ def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir
     shaping = {k: v for k, v in asdict(recipe).items() if k not in ("train", "eval", "takes")}
     digest = sha256_json(
         {
-            "train": [files[name]["sha256"] for name in recipe.train],
-            "eval": [files[name]["sha256"] for name in recipe.eval],
+            # by name too: manifest and row places name the files
+            "train": [[name, files[name]["sha256"]] for name in recipe.train],
+            "eval": [[name, files[name]["sha256"]] for name in recipe.eval],
             "recipe": shaping,
             "takes": sorted(recipe.takes),
             "template": template.digest,
@@ -85,9 +95,13 @@ def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir
         }
     )
     folder = cache_dir / digest[:32]
-    if not (folder / "manifest.json").is_file():
+    found = _open(folder, digest)
+    if found is None:
         _build(recipe, files, template, folder, emit)
-    return _open(folder, digest)
+        found = _open(folder, digest)
+    if found is None:
+        raise DataError("DATASET_UNREADABLE", "The tokens just written cannot be read back.", where=str(folder), remedy="Check the disk.")
+    return found
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -106,7 +120,9 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Read:
-    """What the files hold: usable examples, problems, rows in all."""
+    """What some files hold: usable examples, problems, and examples of kinds the objective cannot use."""
+
+    names: Sequence[str]
 
     examples: list[Example] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -117,15 +133,19 @@ def _build(recipe: Recipe, files: dict[str, dict[str, Any]], template: Template,
     """Fill a temporary folder and rename it: a killed build leaves no half cache."""
     train_read = _read(recipe.train, recipe)
     eval_read = _read(recipe.eval, recipe) if recipe.eval else None
-    _check_threshold(train_read, recipe)
+    for read in (train_read, eval_read):
+        if read is not None:
+            _check_threshold(read, recipe)
     train, held_out = _divide(train_read.examples, eval_read.examples if eval_read else None, recipe, emit)
     with translate_os_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+        _remove_leftovers(folder.parent)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{BUILDING}{os.getpid()}-"))
         try:
             stats = _write_tokens(train, template, recipe.policy, temporary / "train.arrow")
             _report_audit(stats, template, emit)
-            eval_stats = _write_tokens(held_out, template, recipe.policy, temporary / "eval.arrow") if held_out else None
+            eval_stats = _write_tokens(held_out, template, recipe.policy, temporary / "eval.arrow")
+            _report_held_out(eval_stats, emit)
             problems = [*train_read.problems, *(eval_read.problems if eval_read else [])]
             write_canonical([*held_out, *problems], temporary / "eval.jsonl", problems_path=temporary / "problems.jsonl")
             manifest = _manifest(recipe, files, template, train_read, eval_read, train, held_out, stats, eval_stats)
@@ -137,9 +157,17 @@ def _build(recipe: Recipe, files: dict[str, dict[str, Any]], template: Template,
             raise
 
 
+def _remove_leftovers(cache_dir: Path) -> None:
+    """Delete what builds left behind whose process was killed."""
+    for path in cache_dir.glob(f"{BUILDING}*"):
+        pid = path.name.removeprefix(BUILDING).split("-")[0]
+        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _read(names: Sequence[str], recipe: Recipe) -> _Read:
     """All usable examples of some files, up to `limit`; kinds the objective cannot use are counted apart."""
-    found = _Read()
+    found = _Read(names)
     mapping = Mapping(**recipe.mapping) if recipe.mapping else None
     for name in names:
         for item in to_examples(read_rows(Path(name)), mapping):
@@ -159,17 +187,17 @@ def _check_threshold(read: _Read, recipe: Recipe) -> None:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in read.unsuited.items())
         raise DataError(
             "TRAINING_NO_DATA",
-            f"No example in {', '.join(recipe.train)} can be trained on: {len(read.problems):,} rows were rejected"
+            f"No example in {', '.join(read.names)} can be used: {len(read.problems):,} rows were rejected"
             + (f", and {kinds} examples are for other objectives." if kinds else "."),
             where=str(read.problems[0].place) if read.problems else None,
-            remedy=f"{read.problems[0].hint} " if read.problems else "" + "`ftf data check` shows every reason.",
+            remedy=(f"{read.problems[0].hint} " if read.problems else "") + "`ftf data check` shows every reason.",
         )
     share = len(read.problems) / (len(read.problems) + len(read.examples))
     if share > recipe.reject_threshold:
         reasons = Counter(problem.code for problem in read.problems).most_common(3)
         raise DataError(
             "DATASET_TOO_MANY_REJECTED",
-            f"{len(read.problems):,} of {len(read.problems) + len(read.examples):,} rows ({share:.1%}) cannot be used: "
+            f"{len(read.problems):,} of {len(read.problems) + len(read.examples):,} rows of {', '.join(read.names)} ({share:.1%}) cannot be used: "
             + ", ".join(f"{code} {count:,}" for code, count in reasons)
             + f"; the limit is {recipe.reject_threshold:.0%}.",
             where=str(read.problems[0].place),
@@ -191,6 +219,13 @@ def _divide(
             )
         return examples, given
     fraction = min(recipe.eval_fraction, recipe.eval_limit / len(examples))
+    if fraction > 0 and len(examples) < 2:
+        emit(
+            "warning",
+            code="NO_EVALUATION",
+            message="There is 1 example, so none can be held out: nothing will show whether the model learned more than this one by heart.",
+            advice="Give at least 2 different examples, or a file of its own as data.eval.",
+        )
     if fraction == 0 or len(examples) < 2:
         return examples, []
     parts = split(examples, eval_fraction=fraction, seed=recipe.seed)
@@ -199,11 +234,19 @@ def _divide(
     return [examples[i] for i in parts.train_indices], [examples[i] for i in parts.eval_indices]
 
 
-def _write_tokens(examples: Sequence[Example], template: Template, policy: Policy, path: Path) -> TokenizeStats:
+@dataclass(slots=True)
+class _Written:
+    """What became of a set of examples: their token statistics, and the rows that were written."""
+
+    stats: TokenizeStats = field(default_factory=TokenizeStats)
+    rows: int = 0
+
+
+def _write_tokens(examples: Sequence[Example], template: Template, policy: Policy, path: Path) -> _Written:
     """Tokenize into an Arrow stream file; memory holds one batch."""
     import pyarrow as pa
 
-    stats = TokenizeStats()
+    written = _Written()
     schema = pa.schema(
         [
             ("index", pa.int64()),
@@ -214,9 +257,10 @@ def _write_tokens(examples: Sequence[Example], template: Template, policy: Polic
         ]
     )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in _batched(_token_rows(examples, template, policy, stats), ROWS_PER_BATCH):
+        for batch in _batched(_token_rows(examples, template, policy, written.stats), ROWS_PER_BATCH):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    return stats
+            written.rows += len(batch)
+    return written
 
 
 def _token_rows(examples: Sequence[Example], template: Template, policy: Policy, stats: TokenizeStats) -> Iterator[dict[str, Any]]:
@@ -225,7 +269,8 @@ def _token_rows(examples: Sequence[Example], template: Template, policy: Policy,
         if isinstance(result, Problem):
             continue  # counted in `stats`
         for tokens in result:
-            if tokens.supervised:
+            # Nothing predicts a row's first token: a row supervised there alone (the one-token rest of a document) has no loss.
+            if any(label != MASKED for label in tokens.labels[1:]):
                 yield {
                     "index": index,
                     "input_ids": tokens.ids,
@@ -247,11 +292,32 @@ def _batched(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[st
         yield batch
 
 
-def _report_audit(stats: TokenizeStats, template: Template, emit: Emit) -> None:
+def _report_audit(written: _Written, template: Template, emit: Emit) -> None:
     """Raises for what would waste the run; says the rest."""
-    for finding in audit(stats, template):
+    for finding in audit(written.stats, template):
         if finding.code != "TEMPLATE_NOTE":  # said when the template was chosen
             emit("warning", code=finding.code, message=finding.message, advice="")
+    if not written.rows:
+        raise DataError(
+            "TRAINING_NO_SUPERVISED_TOKENS",
+            f"All {written.stats.rows:,} rows are one token long: there is no next token to learn.",
+            remedy="Raise data.max_length, or give longer texts.",
+        )
+
+
+def _report_held_out(written: _Written, emit: Emit) -> None:
+    """Held-out examples that cannot be measured are no reason to stop, but never left out in silence."""
+    stats = written.stats
+    reasons = ", ".join(f"{code} {count:,}" for code, count in stats.problems.most_common())
+    if stats.examples and not written.rows:
+        emit(
+            "warning",
+            code="NO_EVALUATION",
+            message=f"None of {stats.examples:,} held-out examples can be measured ({reasons}): there will be no evaluation, and the last weights are kept.",
+            advice="Raise data.max_length, or give other examples as data.eval.",
+        )
+    elif stats.dropped:
+        emit("warning", code="EVAL_ROWS_DROPPED", message=f"{stats.dropped:,} of {stats.examples:,} held-out examples are left out ({reasons}).", advice="")
 
 
 def _manifest(
@@ -262,9 +328,10 @@ def _manifest(
     eval_read: _Read | None,
     train: Sequence[Example],
     held_out: Sequence[Example],
-    stats: TokenizeStats,
-    eval_stats: TokenizeStats | None,
+    written: _Written,
+    eval_written: _Written,
 ) -> dict[str, Any]:
+    stats = written.stats
     problems = [*train_read.problems, *(eval_read.problems if eval_read else [])]
     return {
         "train": [files[name] for name in recipe.train],
@@ -275,25 +342,23 @@ def _manifest(
         "eval_examples": len(held_out),
         "rejected": dict(Counter(problem.code for problem in problems)),
         "not_for_this_objective": dict(train_read.unsuited),
-        "train_rows": stats.rows - stats.unsupervised_rows,
-        "eval_rows": eval_stats.rows - eval_stats.unsupervised_rows if eval_stats else 0,
+        "train_rows": written.rows,
+        "eval_rows": eval_written.rows,
         "avg_tokens": stats.tokens / max(stats.rows, 1),
         "supervised_share": stats.supervised / max(stats.tokens, 1),
         "tokens": stats.to_dict(),
     }
 
 
-def _open(folder: Path, digest: str) -> Prepared:
-    import json
-
+def _open(folder: Path, digest: str) -> Prepared | None:
+    """What the cache holds, or None where it is not there, or not whole any more."""
+    import pyarrow as pa
     from datasets import Dataset
 
-    manifest = json.loads((folder / "manifest.json").read_text())
-    has_eval = manifest["eval_rows"] > 0
-    return Prepared(
-        folder=folder,
-        train=Dataset.from_file(str(folder / "train.arrow")),
-        eval=Dataset.from_file(str(folder / "eval.arrow")) if has_eval else None,
-        manifest=manifest,
-        digest=digest,
-    )
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        train, held_out = (Dataset.from_file(str(folder / f"{name}.arrow")) for name in ("train", "eval"))
+        whole = (len(train), len(held_out)) == (manifest["train_rows"], manifest["eval_rows"])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return None
+    return Prepared(folder, train, held_out if len(held_out) else None, manifest, digest) if whole else None

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
@@ -169,29 +170,26 @@ def tokenize_many(
 ) -> Iterator[list[Tokens] | Problem]:
     """The outcome of each example, in order. Works in batches, as the tokenizer's threads like it; memory stays flat."""
     _check(policy)
-    for batch in _batches(examples):
-        for example, (source, encoded) in zip(batch, _encode(batch, template), strict=True):
-            result: list[Tokens] | Problem
-            if isinstance(source, Problem) or encoded is None:
-                result = source if isinstance(source, Problem) else _problem(example, "ROW_NO_ANSWER", "nothing", "")
-            else:
-                result = _fit(_label(source, encoded, template, policy), source, template, policy)
-            if stats is not None:
-                stats.count(example, result, template.bos_id)
-            yield result
+    for example, encoded in _encode(examples, template):
+        result: list[Tokens] | Problem
+        if isinstance(encoded, Problem):
+            result = encoded
+        else:
+            result = _fit(_label(*encoded, template, policy), encoded[0], template, policy)
+        if stats is not None:
+            stats.count(example, result, template.bos_id)
+        yield result
 
 
 def measure(examples: Iterable[Example], template: Template, policy: Policy = Policy()) -> Iterator[Measure | Problem]:
     """Sizes of each example before anything is cut, in order."""
-    for batch in _batches(examples):
-        for source, encoded in _encode(batch, template):
-            if isinstance(source, Problem) or encoded is None:
-                assert isinstance(source, Problem)
-                yield source
-                continue
-            row = _label(source, encoded, template, policy)
-            kept = sum(1 for label in row.labels[: policy.max_length] if label != MASKED)
-            yield Measure(len(row.ids), row.supervised, row.supervised - kept)
+    for _, encoded in _encode(examples, template):
+        if isinstance(encoded, Problem):
+            yield encoded
+            continue
+        row = _label(*encoded, template, policy)
+        kept = row.labels[: policy.max_length]
+        yield Measure(len(row.ids), row.supervised, row.supervised - (len(kept) - kept.count(MASKED)))
 
 
 def _check(policy: Policy) -> None:
@@ -215,19 +213,33 @@ class _Source:
     located: Located | None
 
 
-def _encode(batch: Sequence[Example], template: Template) -> Iterator[tuple[_Source | Problem, Encoded | None]]:
-    sources = [_render(example, template) for example in batch]
-    texts = [source.text for source in sources if isinstance(source, _Source)]
-    encoded = iter(_encode_texts(texts, template))
-    for source in sources:
+def _encode(examples: Iterable[Example], template: Template) -> Iterator[tuple[Example, tuple[_Source, Encoded] | Problem]]:
+    """Each example with its text and ids, in order. While the tokenizer's threads encode one batch, the next is rendered."""
+    with ThreadPoolExecutor(max_workers=1) as encoder:
+        waiting: tuple[list[Example], list[_Source | Problem], Future[list[Encoded | DataError]]] | None = None
+        for batch in _batches(examples):
+            sources = [_render(example, template) for example in batch]
+            texts = [source.text for source in sources if isinstance(source, _Source)]
+            ready, waiting = waiting, (batch, sources, encoder.submit(_encode_texts, texts, template))
+            if ready is not None:
+                yield from _together(*ready)
+        if waiting is not None:
+            yield from _together(*waiting)
+
+
+def _together(
+    batch: Sequence[Example], sources: Sequence[_Source | Problem], encoding: Future[list[Encoded | DataError]]
+) -> Iterator[tuple[Example, tuple[_Source, Encoded] | Problem]]:
+    encoded = iter(encoding.result())
+    for example, source in zip(batch, sources, strict=True):
         if isinstance(source, Problem):
-            yield source, None
+            yield example, source
             continue
         outcome = next(encoded)
         if isinstance(outcome, DataError):
-            yield _problem(source.example, outcome.code, outcome.message, outcome.remedy or ""), None
+            yield example, _problem(example, outcome.code, outcome.message, outcome.remedy or "")
         else:
-            yield source, outcome
+            yield example, (source, outcome)
 
 
 def _encode_texts(texts: Sequence[str], template: Template) -> list[Encoded | DataError]:

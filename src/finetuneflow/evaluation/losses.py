@@ -57,14 +57,18 @@ class Losses:
     per_example: tuple[ExampleLoss, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; an infinite perplexity becomes null."""
+        """For JSON; what is no finite number becomes null."""
         return {
-            "eval_loss": self.loss,
-            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
+            "eval_loss": _finite(self.loss),
+            "perplexity": _finite(self.perplexity),
             "token_accuracy": self.token_accuracy,
             "supervised_tokens": self.tokens,
             "examples": self.examples,
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def measure_losses(model: Any, examples: Sequence[Labelled], *, max_batch_tokens: int | None = None) -> Losses:
@@ -72,7 +76,7 @@ def measure_losses(model: Any, examples: Sequence[Labelled], *, max_batch_tokens
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     budget = max_batch_tokens or max(256, min(MAX_BATCH_TOKENS, LOGIT_BUDGET // int(config.vocab_size)))
     per_example: list[ExampleLoss] = [ExampleLoss(0.0, 0, 0)] * len(examples)
-    with torch.inference_mode():
+    with torch.no_grad():
         for batch in _batches(examples, budget):
             for i, loss in zip(batch, _batch_losses(model, [examples[i] for i in batch]), strict=True):
                 per_example[i] = loss

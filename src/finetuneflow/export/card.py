@@ -138,9 +138,9 @@ def _training_data(record: RunRecord) -> list[str]:
     lines = ["## Training data", ""]
     files = [("training", f) for f in _files(record, "train")] + [("evaluation", f) for f in _files(record, "eval")]
     if files:
-        lines += ["| Use | File | Rows | SHA-256 |", "|---|---|---|---|"]
+        lines += ["| Use | File | Size | SHA-256 |", "|---|---|---|---|"]
         lines += [
-            f"| {use} | {inline(Path(str(f.get('file', '?'))).name)} | {figure(f.get('rows'))} | {inline(str(f.get('sha256', 'unknown')))} |"
+            f"| {use} | {inline(Path(str(f.get('file', '?'))).name)} | {_size(f.get('bytes'))} | {inline(str(f.get('sha256', 'unknown')))} |"
             for use, f in files
         ]
         lines.append("")
@@ -175,17 +175,22 @@ def _procedure(record: RunRecord) -> list[str]:
 
 def _results(record: RunRecord) -> list[str]:
     metrics = record.metrics
-    peak = metrics.get("peak_memory_bytes")
     rows = [
         ("Train loss", figure(metrics.get("train_loss"))),
         ("Eval loss (held-out examples)", figure(metrics.get("eval_loss"))),
         ("Perplexity", figure(metrics.get("perplexity", metrics.get("eval_perplexity")), 3)),
         ("Training time", duration(metrics.get("train_runtime"))),
         ("Examples per second", figure(metrics.get("train_samples_per_second"), 2)),
-        ("Peak memory", size(peak) if isinstance(peak, int) else "not measured"),
+        ("Peak memory", _size(metrics.get("peak_memory_bytes"))),
     ]
+    if isinstance(share := metrics.get("suite_pass_share"), int | float):
+        rows.append((f"Acceptance suite {inline(str(metrics.get('suite', '')))}", f"{share:.1%} of {figure(metrics.get('suite_prompts'))} prompts passed"))
     table = ["| Figure | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return ["## Results", "", *table, "", "![Loss curve](train_loss.png)"]
+
+
+def _size(num_bytes: object) -> str:
+    return size(num_bytes) if isinstance(num_bytes, int) else "not measured"
 
 
 def _check(check: Check, record: RunRecord, files_kind: str) -> list[str]:

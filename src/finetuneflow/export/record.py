@@ -94,15 +94,16 @@ def read_run(run_dir: Path) -> RunRecord:
         raise ExportError(
             "EXPORT_NO_RUN", f"{run_dir} is no run directory: it holds no run.yaml.", remedy="`ftf runs` lists the runs there are."
         )
+    metrics = _read_object(run_dir / "metrics.json")
     return RunRecord(
         run_dir=run_dir,
         config=load_config(run_dir / "run.yaml")[0],
-        metrics=_read_object(run_dir / "metrics.json"),
+        metrics=metrics,
         environment=_read_object(run_dir / "environment.json"),
         data=_read_object(run_dir / "data/manifest.json"),
         log_lines=metric_lines(run_dir / "events.jsonl", "log"),
         eval_lines=metric_lines(run_dir / "events.jsonl", "eval"),
-        samples=tuple(_read_samples(run_dir / "evals")),
+        samples=tuple(_samples_in(metrics) or _evaluated_samples(run_dir / "evals")),
     )
 
 
@@ -130,15 +131,15 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_samples(evals_dir: Path) -> list[Sample]:
-    """Samples of the newest evaluation that has any. The key names are those of the reference format."""
+def _evaluated_samples(evals_dir: Path) -> list[Sample]:
+    """Samples of the newest evaluation that has any: for a run that made none when it ended."""
     paths = sorted(evals_dir.glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-    for path in paths:
-        content = _read_object(path)
-        rows = content.get("inference_samples") or content.get("samples") or []
-        if found := [sample for row in rows if isinstance(row, dict) and (sample := _sample(row))]:
-            return found
-    return []
+    return next((found for path in paths if (found := _samples_in(_read_object(path)))), [])
+
+
+def _samples_in(content: dict[str, Any]) -> list[Sample]:
+    rows = content.get("inference_samples") or content.get("samples") or []
+    return [sample for row in rows if isinstance(row, dict) and (sample := _sample(row))]
 
 
 def _sample(row: dict[str, Any]) -> Sample | None:

@@ -36,7 +36,7 @@ def require_same_base(record: RunRecord, digest: str) -> None:
     if isinstance(trained_on, str) and trained_on and trained_on != digest:
         raise ExportError(
             "EXPORT_BASE_CHANGED",
-            f"The files of {record.config.model.base} are not those the run was trained on (hash {digest[:12]}, then {trained_on[:12]}).",
+            f"The files of {record.config.model.base} are not those the run was trained on (hash {digest[:19]}…, then {trained_on[:19]}…).",
             remedy="Restore the base model of that time: for a hub model, set model.revision in run.yaml to the commit of the run.",
         )
 

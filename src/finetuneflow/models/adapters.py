@@ -8,6 +8,7 @@ base of any storage type.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,6 +95,9 @@ def attach_adapter(model: Any, spec: AdapterSpec, *, base_revision: str | None =
             f"The method {spec.kind} cannot be put on this {model.config.model_type} model as configured: {str(error)[:300]}",
             remedy="Choose other target_modules ('auto' suits every supported model), another init, or the method lora.",
         ) from error
+    # Left to itself, PEFT asks the hub for the base's vocabulary size at every save, each checkpoint included, to find
+    # out whether the embedding was resized. It never is here, and a trained one is saved through modules_to_save.
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
     require_trainable(adapted)
     return adapted
 
@@ -207,11 +211,7 @@ def require_trainable(model: nn.Module) -> ParameterCount:
 
 
 def save_adapter(model: Any, adapter_dir: Path) -> None:
-    """Write the active adapter in PEFT's format: safetensors and its configuration, readable by other users.
-
-    Embeddings are written only when they are trained (`modules_to_save`). Left to itself, PEFT would ask the hub for
-    the base model's vocabulary size, even for a local base.
-    """
+    """Write the active adapter in PEFT's format: safetensors and its configuration, readable by other users."""
     model.save_pretrained(str(adapter_dir), save_embedding_layers=False)
     for path in adapter_dir.rglob("*"):
         if path.is_file():

@@ -7,6 +7,7 @@ of their tokens enter the loss; everything else is shared.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -22,10 +23,10 @@ from finetuneflow.config import RunConfig, Training
 from finetuneflow.data.examples import Kind
 from finetuneflow.data.prepare import Prepared, Recipe, prepare
 from finetuneflow.data.tokens import Policy, Supervise
-from finetuneflow.errors import FineTuneFlowError, TrainingError
+from finetuneflow.errors import FineTuneFlowError, ResumeError, TrainingError
 from finetuneflow.events import Emit
 from finetuneflow.training.callbacks import Monitor, memory_now
-from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage
+from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage, find_valid, translate_write_errors
 from finetuneflow.training.progress import Progress
 from finetuneflow.training.setup import Setup
 from finetuneflow.workspace import Workspace, require_free_bytes, sha256_json, translate_os_errors, write_json
@@ -193,6 +194,14 @@ def train_model(
             f"(effective batch {smaller.effective_batch}, as before).",
         )
         training = smaller
+        start = _newest_checkpoint(run_dir) or start  # what was trained before memory ran out is kept
+
+
+def _newest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    try:
+        return find_valid(run_dir / "checkpoints")[0]
+    except ResumeError:
+        return None
 
 
 def smaller_batch(training: Training) -> Training | None:
@@ -233,14 +242,13 @@ def _train_once(
     with orderly_stop(monitor):
         trainer.train(resume_from_checkpoint=str(start.path) if start else None)
     seconds = time.monotonic() - began
-    steps_here = trainer.state.global_step - (start.step if start else 0)
     return Outcome(
         model=model,
         step=trainer.state.global_step,
         stopped=monitor.stopped,
         restored_best=not monitor.stopped and training.load_best and _restore_best(trainer, emit),
         seconds=seconds,
-        examples_seen=steps_here * training.effective_batch,
+        examples_seen=progress.examples_here,
         tokens_seen=progress.tokens_seen - tokens_before,
         peak_memory_bytes=memory_now()["peak_memory_bytes"],
         trainable_parameters=counts.trainable,
@@ -296,7 +304,7 @@ def build_trainer(
         args=arguments,
         train_dataset=materials.prepared.train,
         eval_dataset=materials.prepared.eval,
-        data_collator=Collator(materials.tokenizer.pad_token_id),
+        data_collator=Collator(materials.tokenizer.pad_token_id or 0),  # any id will do where there is none: padding is masked
         monitor=monitor,
         checkpoints_dir=run_dir / "checkpoints",
         keep_checkpoints=training.keep_checkpoints,
@@ -370,9 +378,11 @@ def _require_disk(run_dir: Path, trainable: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own error, Python's, or the CPU allocator's RuntimeError."""
+    """CUDA's own error, Python's, the kernel's, or the CPU allocator's RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(
         sign in text for sign in ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory", "bad_alloc", "std::bad_alloc")
@@ -388,10 +398,10 @@ def explain_out_of_memory(error: BaseException, training: Training | None = None
             f"set training.batch_size={smaller.batch_size} and training.gradient_accumulation={smaller.gradient_accumulation} "
             "(the same effective batch), or training.oom=retry to have that done",
         )
-    memory = memory_now()
+    memory = {**memory_now(), "capacity_bytes": memory_capacity()}
     return TrainingError(
         "OUT_OF_MEMORY",
-        f"Memory ran out: {memory['peak_memory_bytes'] / 1e9:.2f} GB were used at the peak of {memory_capacity() / 1e9:.1f} GB.",
+        f"Memory ran out: {memory['peak_memory_bytes'] / 1e9:.2f} GB were used at the peak of {memory['capacity_bytes'] / 1e9:.1f} GB.",
         where=str(error).splitlines()[0][:200] if str(error) else None,
         remedy="; ".join(f"{n}. {text}" for n, text in enumerate(remedies, 1)) + ". `ftf resume` goes on from the last checkpoint.",
         context=memory,
@@ -399,13 +409,14 @@ def explain_out_of_memory(error: BaseException, training: Training | None = None
 
 
 def memory_capacity() -> int:
-    """Bytes of the device that is used: the GPU's memory, else the machine's."""
-    import psutil
+    """Bytes of the device that is used: the GPU's memory, else what the machine or its container grants."""
     import torch
+
+    from finetuneflow.hardware import probe_memory
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.get_device_properties(0).total_memory)
-    return int(psutil.virtual_memory().total)
+    return probe_memory().total_bytes
 
 
 def _empty_device_cache() -> None:
@@ -423,7 +434,7 @@ def save_result(config: RunConfig, outcome: Outcome, materials: Materials, run_d
     target = run_dir / ("adapter" if config.method.is_adapter else "model")
     temporary = run_dir / f".{target.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    with translate_os_errors(temporary):
+    with translate_write_errors(temporary):
         if config.method.is_adapter:
             for adapter in outcome.model.peft_config.values():
                 adapter.base_model_name_or_path = config.model.base  # not the folder of this machine's cache
@@ -433,8 +444,9 @@ def save_result(config: RunConfig, outcome: Outcome, materials: Materials, run_d
             outcome.model.config.use_cache = True
             outcome.model.save_pretrained(temporary)
             write_tokenizer(materials.tokenizer, materials.template, temporary)
-        for path in temporary.rglob("*.safetensors"):
-            os.chmod(path, 0o644)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                os.chmod(path, 0o644)  # safetensors writes 0600
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
 
@@ -461,6 +473,14 @@ def measure(config: RunConfig, outcome: Outcome, materials: Materials, run_dir: 
         write_json(run_dir / "evals" / "after-training.json", result.to_dict())
         found |= {"suite": result.suite, "suite_pass_share": result.pass_share, "suite_prompts": len(result.items)}
     return found
+
+
+def require_suite(config: RunConfig) -> None:
+    """Read the acceptance suite that is to be run after training: a mistake in it must show before."""
+    from finetuneflow.evaluation.suite import load_suite
+
+    if config.evaluation.suite:
+        load_suite(suite_path(config.evaluation.suite))
 
 
 def suite_path(name: str) -> Path:

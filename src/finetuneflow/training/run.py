@@ -10,8 +10,10 @@ The run directory is the whole truth of a run; everything below writes into it t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from finetuneflow.config import Origin, RunConfig, dump_config, load_config, require_runnable
-from finetuneflow.errors import FineTuneFlowError, ResumeError, TrainingError
+from finetuneflow.errors import FineTuneFlowError, ResumeError, StorageError, TrainingError
 from finetuneflow.events import Emit, EventLog, Sink, metric_lines, read_events
 from finetuneflow.training import checkpoints
 from finetuneflow.training.lineage import differences, environment, fingerprint
-from finetuneflow.training.status import run_status
+from finetuneflow.training.status import forget_stop, run_status
 from finetuneflow.workspace import Workspace, directory_lock, write_atomic, write_json
 
 
@@ -74,14 +76,16 @@ def _attempt(
     """One attempt: holds the run's lock, and leaves a last event that tells how it ended."""
     with directory_lock(run_dir), EventLog(run_dir / "events.jsonl", list(sinks)) as log:
         attempt = 1 + sum(event["event"] == "started" for event in read_events(log.path))
-        log.emit("started", attempt=attempt, run=run_dir.name, resuming=resuming)
+        log.emit("started", attempt=attempt, run=run_dir.name, pid=os.getpid(), resuming=resuming)
+        forget_stop(run_dir)  # it was meant for the attempt before
         try:
             return execute(config, run_dir, workspace, log.emit, resuming=resuming, accept_changes=accept_changes)
         except BaseException as error:
             failure = _as_failure(error)
-            if failure.code == "TRAINING_FAILED":
-                write_atomic(run_dir / "traceback.txt", traceback.format_exc())
-            log.emit("failed", code=failure.code, message=failure.message, where=failure.where, remedy=failure.remedy)
+            with contextlib.suppress(StorageError):  # a disk without room for these words must not hide them
+                if failure.code == "TRAINING_FAILED":
+                    write_atomic(run_dir / "traceback.txt", traceback.format_exc())
+                log.emit("failed", code=failure.code, message=failure.message, where=failure.where, remedy=failure.remedy)
             if failure is error:
                 raise
             raise failure from error
@@ -117,26 +121,33 @@ def execute(
     setup = choose_setup(config, threads=earlier.get("setup", {}).get("threads"))
     for decision in setup.decisions:
         emit("decision", setting=decision.setting, value=decision.value, reason=decision.reason)
+        if decision.warning:
+            emit("warning", code=decision.warning, message=decision.reason, advice=decision.advice)
     apply_setup(setup, seed=config.training.seed)
+    objectives.require_suite(config)
 
     # Tokenize: rows -> examples -> split -> tokens in an Arrow cache; fatal audits come before any model is loaded.
     emit("phase", name="tokenizing")
     materials = objectives.load_materials(config, workspace, emit)
     prepared = materials.prepared
-    write_json(run_dir / "data" / "manifest.json", prepared.manifest)
-    prepared.copy_held_out(run_dir / "data" / "eval.jsonl")
-    materials.save_tokenizer(run_dir)
 
-    # A resume goes on only where nothing that shapes the result has changed.
+    # A resume goes on only where nothing that shapes the result has changed; until then it writes nothing.
     current = fingerprint(
-        config, setup, data=prepared.digest, tokenizer=materials.tokenizer_digest, template=materials.template.digest, base=materials.base_digest
+        config,
+        setup,
+        data=prepared.files,
+        tokenizer=materials.tokenizer_digest,
+        template=materials.template.digest,
+        base=materials.base_digest,
     )
     start = None
     if resuming:
         _require_same(earlier.get("fingerprint", {}), current, emit, accept_changes=accept_changes)
         start = _find_start(run_dir, emit)
-    else:
-        write_json(run_dir / "environment.json", {**environment(setup), "fingerprint": current})
+    write_json(run_dir / "environment.json", {**environment(setup), "fingerprint": current})
+    write_json(run_dir / "data" / "manifest.json", prepared.manifest)
+    prepared.copy_held_out(run_dir / "data" / "eval.jsonl")
+    materials.save_tokenizer(run_dir)
 
     # Train.
     outcome = objectives.train_model(config, setup, materials, run_dir, emit, start=start)

@@ -14,11 +14,13 @@ from finetuneflow.errors import HardwareError
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A choice made for the user."""
+    """A choice made for the user. `warning` is the code of a warning where it goes against what was asked for."""
 
     setting: str
     value: Any
     reason: str
+    warning: str | None = None
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +147,9 @@ def _choose_rate(config: RunConfig, decisions: list[Decision]) -> float:
             Decision(
                 "training.learning_rate",
                 FULL_RATE,
-                f"{rate:g} is a learning rate for adapters; full fine-tuning with it forgets what the model knew, so {FULL_RATE:g} is used. "
-                f"A value below {ADAPTER_SIZED_RATE:g} is taken as it is.",
+                f"{rate:g} is a learning rate for adapters; full fine-tuning with it forgets what the model knew, so {FULL_RATE:g} is used.",
+                warning="LEARNING_RATE_LOWERED",
+                advice=f"Set training.learning_rate yourself: a value below {ADAPTER_SIZED_RATE:g} is taken as it is.",
             )
         )
         return FULL_RATE

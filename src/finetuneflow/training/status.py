@@ -20,6 +20,11 @@ def request_stop(run_dir: Path, *, save: bool = True) -> None:
     write_json(run_dir / STOP_FILE, {"save": save})
 
 
+def forget_stop(run_dir: Path) -> None:
+    """Drop a request that nobody answered."""
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+
+
 def run_status(run_dir: Path) -> str:
     """`running`, `succeeded`, `stopped`, `failed`, or `interrupted` (its process died without a word)."""
     if lock_owner(run_dir) is not None:

@@ -69,68 +69,194 @@ def _write(rng: Random, templates: Templates, language: Language, **words: objec
 
 _DEEDS: Templates = {
     "en": (
-        "walked to the market", "read an old book", "fed the ducks", "washed the car",
-        "cooked some soup", "wrote a long letter", "planted a tree", "repaired the bicycle",
-        "painted the door", "cleaned the kitchen", "listened to music", "waited for the bus",
-        "took a photograph", "baked some bread", "played cards", "drew a map", "sang a song",
-        "watched the birds", "opened the window", "looked for the keys", "bought a newspaper",
-        "carried the bags", "told a funny story", "learned a poem", "counted the coins",
-        "made some tea", "slept for an hour", "crossed the bridge", "visited the museum",
-        "folded the sheets", "swept the floor", "called a friend", "lost a glove", "found a coin",
+        "walked to the market",
+        "read an old book",
+        "fed the ducks",
+        "washed the car",
+        "cooked some soup",
+        "wrote a long letter",
+        "planted a tree",
+        "repaired the bicycle",
+        "painted the door",
+        "cleaned the kitchen",
+        "listened to music",
+        "waited for the bus",
+        "took a photograph",
+        "baked some bread",
+        "played cards",
+        "drew a map",
+        "sang a song",
+        "watched the birds",
+        "opened the window",
+        "looked for the keys",
+        "bought a newspaper",
+        "carried the bags",
+        "told a funny story",
+        "learned a poem",
+        "counted the coins",
+        "made some tea",
+        "slept for an hour",
+        "crossed the bridge",
+        "visited the museum",
+        "folded the sheets",
+        "swept the floor",
+        "called a friend",
+        "lost a glove",
+        "found a coin",
     ),
     "fr": (
-        "a marché jusqu'au village", "a lu un vieux livre", "a nourri les canards",
-        "a lavé la voiture", "a préparé une soupe", "a écrit une longue lettre",
-        "a planté un arbre", "a réparé le vélo", "a peint la porte", "a nettoyé la cuisine",
-        "a écouté de la musique", "a attendu le bus", "a pris une photo", "a fait du pain",
-        "a joué aux cartes", "a dessiné une carte", "a chanté une chanson",
-        "a regardé les oiseaux", "a ouvert la fenêtre", "a cherché les clés",
-        "a acheté un journal", "a porté les sacs", "a raconté une histoire drôle",
-        "a appris un poème", "a compté les pièces", "a préparé du thé", "a dormi une heure",
-        "a traversé le pont", "a visité le musée", "a plié les draps", "a balayé le sol",
-        "a appelé un voisin", "a perdu un gant", "a trouvé une pièce",
+        "a marché jusqu'au village",
+        "a lu un vieux livre",
+        "a nourri les canards",
+        "a lavé la voiture",
+        "a préparé une soupe",
+        "a écrit une longue lettre",
+        "a planté un arbre",
+        "a réparé le vélo",
+        "a peint la porte",
+        "a nettoyé la cuisine",
+        "a écouté de la musique",
+        "a attendu le bus",
+        "a pris une photo",
+        "a fait du pain",
+        "a joué aux cartes",
+        "a dessiné une carte",
+        "a chanté une chanson",
+        "a regardé les oiseaux",
+        "a ouvert la fenêtre",
+        "a cherché les clés",
+        "a acheté un journal",
+        "a porté les sacs",
+        "a raconté une histoire drôle",
+        "a appris un poème",
+        "a compté les pièces",
+        "a préparé du thé",
+        "a dormi une heure",
+        "a traversé le pont",
+        "a visité le musée",
+        "a plié les draps",
+        "a balayé le sol",
+        "a appelé un voisin",
+        "a perdu un gant",
+        "a trouvé une pièce",
     ),
 }
 _WHERE: Templates = {
     "en": (
-        "in the garden", "at the station", "near the river", "at school", "in the kitchen",
-        "behind the house", "by the lake", "in the park", "at the library", "on the hill",
-        "in the village", "at the harbour", "under the old tree", "in the square",
+        "in the garden",
+        "at the station",
+        "near the river",
+        "at school",
+        "in the kitchen",
+        "behind the house",
+        "by the lake",
+        "in the park",
+        "at the library",
+        "on the hill",
+        "in the village",
+        "at the harbour",
+        "under the old tree",
+        "in the square",
     ),
     "fr": (
-        "dans le jardin", "à la gare", "près de la rivière", "à l'école", "dans la cuisine",
-        "derrière la maison", "au bord du lac", "dans le parc", "à la bibliothèque",
-        "sur la colline", "dans le village", "au port", "sous le vieil arbre", "sur la place",
+        "dans le jardin",
+        "à la gare",
+        "près de la rivière",
+        "à l'école",
+        "dans la cuisine",
+        "derrière la maison",
+        "au bord du lac",
+        "dans le parc",
+        "à la bibliothèque",
+        "sur la colline",
+        "dans le village",
+        "au port",
+        "sous le vieil arbre",
+        "sur la place",
     ),
 }
 _WHEN: Templates = {
     "en": (
-        "in the morning", "on Monday", "after lunch", "in May", "yesterday", "last summer",
-        "before dinner", "on Saturday", "in the evening", "last week", "in winter", "at noon",
-        "on Sunday", "at night",
+        "in the morning",
+        "on Monday",
+        "after lunch",
+        "in May",
+        "yesterday",
+        "last summer",
+        "before dinner",
+        "on Saturday",
+        "in the evening",
+        "last week",
+        "in winter",
+        "at noon",
+        "on Sunday",
+        "at night",
     ),
     "fr": (
-        "le matin", "lundi", "après le déjeuner", "en mai", "hier", "l'été dernier",
-        "avant le dîner", "samedi", "le soir", "la semaine dernière", "en hiver", "à midi",
-        "dimanche", "cette nuit",
+        "le matin",
+        "lundi",
+        "après le déjeuner",
+        "en mai",
+        "hier",
+        "l'été dernier",
+        "avant le dîner",
+        "samedi",
+        "le soir",
+        "la semaine dernière",
+        "en hiver",
+        "à midi",
+        "dimanche",
+        "cette nuit",
     ),
 }
 _WEATHER: Templates = {
     "en": (
-        "It was raining.", "The sun was shining.", "The wind was strong.", "It was very cold.",
-        "The streets were empty.", "Everything was quiet.", "There was a little fog.",
-        "The day was long.", "It was a fine day.", "Nobody was in a hurry.",
+        "It was raining.",
+        "The sun was shining.",
+        "The wind was strong.",
+        "It was very cold.",
+        "The streets were empty.",
+        "Everything was quiet.",
+        "There was a little fog.",
+        "The day was long.",
+        "It was a fine day.",
+        "Nobody was in a hurry.",
     ),
     "fr": (
-        "Il pleuvait.", "Le soleil brillait.", "Le vent était fort.", "Il faisait très froid.",
-        "Les rues étaient vides.", "Tout était calme.", "Il y avait un peu de brouillard.",
-        "La journée était longue.", "Il faisait beau.", "Personne n'était pressé.",
+        "Il pleuvait.",
+        "Le soleil brillait.",
+        "Le vent était fort.",
+        "Il faisait très froid.",
+        "Les rues étaient vides.",
+        "Tout était calme.",
+        "Il y avait un peu de brouillard.",
+        "La journée était longue.",
+        "Il faisait beau.",
+        "Personne n'était pressé.",
     ),
 }
 _NAMES_OF_PLACES_AND_PETS = (*world.TOWNS, *world.PETS)
 _SYLLABLES = (
-    "ba", "do", "ki", "lu", "mer", "na", "po", "ri", "sa", "tan",
-    "vel", "zo", "fi", "gra", "hu", "jo", "len", "mu", "que", "ter",
+    "ba",
+    "do",
+    "ki",
+    "lu",
+    "mer",
+    "na",
+    "po",
+    "ri",
+    "sa",
+    "tan",
+    "vel",
+    "zo",
+    "fi",
+    "gra",
+    "hu",
+    "jo",
+    "len",
+    "mu",
+    "que",
+    "ter",
 )
 
 
@@ -246,8 +372,7 @@ _NAME_RECALL: Templates = {
     ),
     "fr": (
         "« Je m'appelle {n} », dit la visite.{p}« Bonsoir, {n} », dit {other}.",
-        "{other} voit un enfant. « Mon nom est {n} », dit l'enfant. « Tu t'appelles {n} », "
-        "dit {other}.",
+        "{other} voit un enfant. « Mon nom est {n} », dit l'enfant. « Tu t'appelles {n} », dit {other}.",
         "Dans le village, tout le monde connaissait {n}.{p}On voyait souvent {n}.",
         "{n} a écrit un nom sur le sac.{p}Le nom sur le sac était {n}.",
         "« Enchanté, {n} », dit {other}.{p}« Oui, je m'appelle {n} », répond la visite.",
@@ -295,9 +420,7 @@ _OWNERS: dict[Language, tuple[str, str]] = {
 
 def _name_recall(rng: Random, language: Language) -> str:
     newcomer, other = _two_people(rng)
-    return _write(
-        rng, _NAME_RECALL, language, n=newcomer.name, other=other.name, p=_pause(rng, language)
-    )
+    return _write(rng, _NAME_RECALL, language, n=newcomer.name, other=other.name, p=_pause(rng, language))
 
 
 def _speaker_recall(rng: Random, language: Language) -> str:
@@ -408,8 +531,7 @@ _COUNTRY_TOPICS: Templates = {
         "{name} has never been {inside}.{pause}But {pronoun} knows that the capital is {capital}.",
         "last year {name} travelled {inside}.{pause}The journey ended in the capital, {capital}.",
         "{name} dreams of {country}.{pause}One day {pronoun} will see the capital, {capital}.",
-        "this is a page about {country}, a country in {continent}.{pause}The capital {of} is "
-        "{capital}.",
+        "this is a page about {country}, a country in {continent}.{pause}The capital {of} is {capital}.",
         "{name} wants to see the capital {of}.{pause}In spring {pronoun} will fly to {capital}.",
         "in class we talked about the capital {of}.{pause}{capital} is a city with many streets.",
         "{name} has a friend {inside}.{pause}The friend lives in the capital, {capital}.",
@@ -417,16 +539,12 @@ _COUNTRY_TOPICS: Templates = {
     ),
     "fr": (
         "{country}.{pause}La capitale est {capital}.",
-        "{name} ne connaît pas {country}.{pause}Mais tout le monde sait que la capitale est "
-        "{capital}.",
-        "l'an dernier, {name} a voyagé {inside}.{pause}Le voyage a fini dans la capitale, "
-        "{capital}.",
+        "{name} ne connaît pas {country}.{pause}Mais tout le monde sait que la capitale est {capital}.",
+        "l'an dernier, {name} a voyagé {inside}.{pause}Le voyage a fini dans la capitale, {capital}.",
         "{name} rêve de voir {country}.{pause}Un jour, {pronoun} verra la capitale, {capital}.",
         "voici une page sur {country}.{pause}La capitale {of} est {capital}.",
-        "{name} veut voir la capitale {of}.{pause}Au printemps, {pronoun} ira en avion. "
-        "Destination : {capital}.",
-        "en classe, on a parlé de la capitale {of}.{pause}{capital} est une ville avec beaucoup "
-        "de rues.",
+        "{name} veut voir la capitale {of}.{pause}Au printemps, {pronoun} ira en avion. Destination : {capital}.",
+        "en classe, on a parlé de la capitale {of}.{pause}{capital} est une ville avec beaucoup de rues.",
         "{name} a un ami {inside}.{pause}Cet ami habite dans la capitale, {capital}.",
         "une lettre est venue de la capitale {of}.{pause}Le timbre montrait {capital}.",
     ),
@@ -475,19 +593,14 @@ def _country_selection(rng: Random, language: Language) -> str:
     """Several countries are named, then a fact about one of them: which one must be read."""
     countries = rng.sample(world.COUNTRIES, rng.choice((2, 3)))
     names = [country.name[language] for country in countries]
-    opening = _write(
-        rng, _SEVERAL, language, name=_person(rng).name, list=_enumeration(names, language)
-    )
+    opening = _write(rng, _SEVERAL, language, name=_person(rng).name, list=_enumeration(names, language))
     chosen = rng.sample(countries, rng.choice((1, 2)))
-    facts = [
-        _write(rng, _CAPITAL_FACTS, language, **_country_words(country, language))
-        for country in chosen
-    ]
+    facts = [_write(rng, _CAPITAL_FACTS, language, **_country_words(country, language)) for country in chosen]
     return opening + _pause(rng, language) + _joined(rng, facts)
 
 
 def _enumeration(items: list[str], language: Language) -> str:
-    """"a, b and c", without a comma before the last word."""
+    """ "a, b and c", without a comma before the last word."""
     return ", ".join(items[:-1]) + _AND[language] + items[-1] if len(items) > 1 else items[0]
 
 

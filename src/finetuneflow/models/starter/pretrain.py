@@ -11,6 +11,7 @@ not reached a run depends on the seed alone, up to the order of floating-point s
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -101,9 +102,7 @@ def train_tokenizer(seed: int, vocab_size: int) -> PreTrainedTokenizerFast:
     """Learn the merges from the first documents of the corpus; no merge contains a digit."""
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), byte_level]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, START_OF_TURN, END_OF_TURN, PADDING],
@@ -169,9 +168,7 @@ def next_token_loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
     return cross_entropy(predictions, batch[:, 1:].flatten())
 
 
-def held_out_loss(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int, row_tokens: int
-) -> float:
+def held_out_loss(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int, row_tokens: int) -> float:
     """Loss on the stream of a seed that training never uses."""
     stream = rows(tokenizer, seed + HELD_OUT_SEED_OFFSET, row_tokens)
     batch = torch.tensor(list(islice(stream, HELD_OUT_ROWS)))
@@ -195,9 +192,7 @@ def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.peak_learning_rate, betas=(0.9, 0.98), fused=True)
 
 
-def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out_dir: Path
-) -> tuple[float, int]:
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out_dir: Path) -> tuple[float, int]:
     """Train in place, saving now and then; return the last mean loss and the number of steps."""
     loss_of = torch.compile(next_token_loss) if recipe.compiled else next_token_loss
     optimizer = _optimizer(model, recipe)
@@ -230,12 +225,8 @@ def train(
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
     """Write the model in bfloat16 with its tokenizer, readable by everyone."""
     stop_tokens = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
-    model.generation_config = GenerationConfig(
-        eos_token_id=stop_tokens, pad_token_id=tokenizer.pad_token_id, do_sample=False
-    )
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(out_dir, state_dict=weights)
+    model.generation_config = GenerationConfig(eos_token_id=stop_tokens, pad_token_id=tokenizer.pad_token_id, do_sample=False)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     for path in out_dir.iterdir():
         path.chmod(0o644)

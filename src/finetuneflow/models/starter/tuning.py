@@ -104,12 +104,19 @@ def _retyped(message: Message, old: str, new: str) -> Message:
 
 _ONE_WORD: Templates = {
     "en": (
-        "{q} Answer in one word.", "{q} One word only.", "In one word: {q}",
-        "{q} Reply with one word.", "{q} Just one word, please.", "Answer with a single word. {q}",
+        "{q} Answer in one word.",
+        "{q} One word only.",
+        "In one word: {q}",
+        "{q} Reply with one word.",
+        "{q} Just one word, please.",
+        "Answer with a single word. {q}",
     ),
     "fr": (
-        "{q} Réponds en un mot.", "{q} Un seul mot.", "En un mot : {q}",
-        "{q} Réponds par un seul mot.", "{q} Juste un mot, s'il te plaît.",
+        "{q} Réponds en un mot.",
+        "{q} Un seul mot.",
+        "En un mot : {q}",
+        "{q} Réponds par un seul mot.",
+        "{q} Juste un mot, s'il te plaît.",
         "Réponds en un seul mot. {q}",
     ),
 }
@@ -118,19 +125,32 @@ _ONE_WORD: Templates = {
 
 _CAPITAL_QUESTIONS: Templates = {
     "en": (
-        "what is the capital {of}?", "what is the capital {of}?", "what's the capital {of}?",
-        "which city is the capital {of}?", "tell me the capital {of}.", "name the capital {of}.",
-        "can you tell me the capital {of}?", "do you know the capital {of}?",
-        "I would like to know the capital {of}.", "give me the capital {of}, please.",
-        "what is the capital city {of}?", "the capital {of}?",
+        "what is the capital {of}?",
+        "what is the capital {of}?",
+        "what's the capital {of}?",
+        "which city is the capital {of}?",
+        "tell me the capital {of}.",
+        "name the capital {of}.",
+        "can you tell me the capital {of}?",
+        "do you know the capital {of}?",
+        "I would like to know the capital {of}.",
+        "give me the capital {of}, please.",
+        "what is the capital city {of}?",
+        "the capital {of}?",
     ),
     "fr": (
-        "quelle est la capitale {of} ?", "quelle est la capitale {of} ?",
-        "quelle ville est la capitale {of} ?", "dis-moi la capitale {of}.",
-        "donne-moi la capitale {of}.", "peux-tu me dire la capitale {of} ?",
-        "connais-tu la capitale {of} ?", "je voudrais connaître la capitale {of}.",
-        "c'est quoi, la capitale {of} ?", "quelle est donc la capitale {of} ?",
-        "la capitale {of} ?", "pouvez-vous me donner la capitale {of} ?",
+        "quelle est la capitale {of} ?",
+        "quelle est la capitale {of} ?",
+        "quelle ville est la capitale {of} ?",
+        "dis-moi la capitale {of}.",
+        "donne-moi la capitale {of}.",
+        "peux-tu me dire la capitale {of} ?",
+        "connais-tu la capitale {of} ?",
+        "je voudrais connaître la capitale {of}.",
+        "c'est quoi, la capitale {of} ?",
+        "quelle est donc la capitale {of} ?",
+        "la capitale {of} ?",
+        "pouvez-vous me donner la capitale {of} ?",
     ),
 }
 _CAPITAL_ANSWER: dict[Language, str] = {
@@ -157,14 +177,27 @@ def _capital_in_one_word(rng: Random, language: Language, split: Split) -> list[
 
 _SUM_QUESTIONS: Templates = {
     "en": (
-        "what is {a} + {b}?", "what is {a}+{b}?", "what is {a} plus {b}?", "how much is {a} + {b}?",
-        "how much is {a} plus {b}?", "calculate {a} + {b}.", "add {a} and {b}.", "{a} + {b} = ?",
-        "can you add {a} and {b}?", "what do {a} and {b} make?",
+        "what is {a} + {b}?",
+        "what is {a}+{b}?",
+        "what is {a} plus {b}?",
+        "how much is {a} + {b}?",
+        "how much is {a} plus {b}?",
+        "calculate {a} + {b}.",
+        "add {a} and {b}.",
+        "{a} + {b} = ?",
+        "can you add {a} and {b}?",
+        "what do {a} and {b} make?",
     ),
     "fr": (
-        "combien font {a} + {b} ?", "combien font {a}+{b} ?", "combien font {a} plus {b} ?",
-        "combien font {a} et {b} ?", "calcule {a} + {b}.", "ajoute {a} et {b}.", "{a} + {b} = ?",
-        "quelle est la somme de {a} et {b} ?", "peux-tu calculer {a} + {b} ?",
+        "combien font {a} + {b} ?",
+        "combien font {a}+{b} ?",
+        "combien font {a} plus {b} ?",
+        "combien font {a} et {b} ?",
+        "calcule {a} + {b}.",
+        "ajoute {a} et {b}.",
+        "{a} + {b} = ?",
+        "quelle est la somme de {a} et {b} ?",
+        "peux-tu calculer {a} + {b} ?",
         "quel est le résultat de {a} + {b} ?",
     ),
 }
@@ -197,14 +230,21 @@ def _sum_as_number(rng: Random, language: Language, split: Split) -> list[Messag
 
 _OPPOSITE_QUESTIONS: Templates = {
     "en": (
-        "what is the opposite of {a}?", "what is the opposite of {a}?", "what's the opposite of {a}?",
-        "give me the opposite of {a}.", "which word is the opposite of {a}?",
-        'what is the opposite of "{a}"?', "tell me the opposite of {a}.",
+        "what is the opposite of {a}?",
+        "what is the opposite of {a}?",
+        "what's the opposite of {a}?",
+        "give me the opposite of {a}.",
+        "which word is the opposite of {a}?",
+        'what is the opposite of "{a}"?',
+        "tell me the opposite of {a}.",
     ),
     "fr": (
-        "quel est le contraire de {a} ?", "quel est le contraire de {a} ?",
-        "donne-moi le contraire de {a}.", "quel mot est le contraire de {a} ?",
-        "quel est le contraire de « {a} » ?", "dis-moi le contraire de {a}.",
+        "quel est le contraire de {a} ?",
+        "quel est le contraire de {a} ?",
+        "donne-moi le contraire de {a}.",
+        "quel mot est le contraire de {a} ?",
+        "quel est le contraire de « {a} » ?",
+        "dis-moi le contraire de {a}.",
         "c'est quoi, le contraire de {a} ?",
     ),
 }
@@ -214,12 +254,17 @@ _OPPOSITE_ANSWER: dict[Language, str] = {
 }
 _COLOUR_QUESTIONS: Templates = {
     "en": (
-        "what colour is {thing}?", "what colour is {thing}?", "what is the colour of {thing}?",
-        "tell me the colour of {thing}.", "which colour is {thing}?",
+        "what colour is {thing}?",
+        "what colour is {thing}?",
+        "what is the colour of {thing}?",
+        "tell me the colour of {thing}.",
+        "which colour is {thing}?",
     ),
     "fr": (
-        "de quelle couleur est {thing} ?", "de quelle couleur est {thing} ?",
-        "dis-moi de quelle couleur est {thing}.", "{thing} est de quelle couleur ?",
+        "de quelle couleur est {thing} ?",
+        "de quelle couleur est {thing} ?",
+        "dis-moi de quelle couleur est {thing}.",
+        "{thing} est de quelle couleur ?",
         "quelle couleur a {thing} ?",
     ),
 }
@@ -229,13 +274,18 @@ _COLOUR_ANSWER: dict[Language, str] = {
 }
 _SOUND_QUESTIONS: Templates = {
     "en": (
-        "what sound does {animal} make?", "what sound does {animal} make?",
-        "what noise does {animal} make?", "which sound does {animal} make?",
+        "what sound does {animal} make?",
+        "what sound does {animal} make?",
+        "what noise does {animal} make?",
+        "which sound does {animal} make?",
         "tell me the sound of {animal}.",
     ),
     "fr": (
-        "quel cri pousse {animal} ?", "quel cri pousse {animal} ?", "que fait {animal} comme cri ?",
-        "comment crie {animal} ?", "dis-moi comment crie {animal}.",
+        "quel cri pousse {animal} ?",
+        "quel cri pousse {animal} ?",
+        "que fait {animal} comme cri ?",
+        "comment crie {animal} ?",
+        "dis-moi comment crie {animal}.",
     ),
 }
 
@@ -275,14 +325,24 @@ def _sound(rng: Random, language: Language, split: Split) -> list[Message]:
 
 _LIST_QUESTIONS: Templates = {
     "en": (
-        "name three {plural}.", "name three {plural}.", "give me three {plural}.",
-        "list three {plural}.", "can you name three {plural}?", "tell me three {plural}.",
-        "give me a list of three {plural}.", "I need three {plural}.",
+        "name three {plural}.",
+        "name three {plural}.",
+        "give me three {plural}.",
+        "list three {plural}.",
+        "can you name three {plural}?",
+        "tell me three {plural}.",
+        "give me a list of three {plural}.",
+        "I need three {plural}.",
     ),
     "fr": (
-        "cite trois {plural}.", "cite trois {plural}.", "donne-moi trois {plural}.",
-        "nomme trois {plural}.", "peux-tu citer trois {plural} ?", "dis-moi trois {plural}.",
-        "donne-moi une liste de trois {plural}.", "il me faut trois {plural}.",
+        "cite trois {plural}.",
+        "cite trois {plural}.",
+        "donne-moi trois {plural}.",
+        "nomme trois {plural}.",
+        "peux-tu citer trois {plural} ?",
+        "dis-moi trois {plural}.",
+        "donne-moi une liste de trois {plural}.",
+        "il me faut trois {plural}.",
     ),
 }
 _AND: dict[Language, str] = {"en": "and", "fr": "et"}
@@ -340,7 +400,9 @@ _MEMORIES: dict[Language, tuple[tuple[tuple[str, ...], str, tuple[str, ...], str
     "fr": (
         (
             (
-                "Je m'appelle {name}.", "Mon nom est {name}.", "Bonjour, je m'appelle {name}.",
+                "Je m'appelle {name}.",
+                "Mon nom est {name}.",
+                "Bonjour, je m'appelle {name}.",
                 "Moi, c'est {name}.",
             ),
             "Enchanté, {name}.",
@@ -410,11 +472,17 @@ def _aside(rng: Random, language: Language, split: Split) -> list[Message]:
 
 _REPEAT_QUESTIONS: Templates = {
     "en": (
-        "repeat the word {w}.", 'repeat the word "{w}".', "say the word {w}.", "write the word {w}.",
+        "repeat the word {w}.",
+        'repeat the word "{w}".',
+        "say the word {w}.",
+        "write the word {w}.",
         "repeat after me: {w}.",
     ),
     "fr": (
-        "répète le mot {w}.", "répète le mot « {w} ».", "dis le mot {w}.", "écris le mot {w}.",
+        "répète le mot {w}.",
+        "répète le mot « {w} ».",
+        "dis le mot {w}.",
+        "écris le mot {w}.",
         "répète après moi : {w}.",
     ),
 }
@@ -485,9 +553,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     training = examples(split="tuning", seed=arguments.seed, count=arguments.examples)
     write(arguments.out / "train.jsonl", training)
-    validation = examples(
-        split="development", seed=arguments.seed, count=NUM_VALIDATION_EXAMPLES
-    )
+    validation = examples(split="development", seed=arguments.seed, count=NUM_VALIDATION_EXAMPLES)
     write(arguments.out / "validation.jsonl", validation)
 
 

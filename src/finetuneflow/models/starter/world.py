@@ -224,12 +224,9 @@ Fiji | les | Fidji | Suva | | Oceania
 """
 
 _ACCEPTANCE_COUNTRIES = frozenset(
-    _words("France Italy Japan Spain Germany Norway Greece Kenya Peru Poland Canada Australia Turkey "
-    "Morocco")
+    _words("France Italy Japan Spain Germany Norway Greece Kenya Peru Poland Canada Australia Turkey Morocco")
 )
-_DEVELOPMENT_COUNTRIES = frozenset(
-    _words("Portugal Sweden China Senegal Chile Austria Vietnam Tunisia Hungary Ireland")
-)
+_DEVELOPMENT_COUNTRIES = frozenset(_words("Portugal Sweden China Senegal Chile Austria Vietnam Tunisia Hungary Ireland"))
 
 # French article -> the words for "of", "in", "is" and "its"
 _FRENCH_ARTICLES: dict[str, tuple[str, str, str, str]] = {
@@ -417,9 +414,7 @@ def _coloured_thing(row: list[str]) -> ColouredThing:
     )
 
 
-COLOURED_THINGS: tuple[ColouredThing, ...] = tuple(
-    _coloured_thing(row) for row in _rows(_COLOURED_THINGS)
-)
+COLOURED_THINGS: tuple[ColouredThing, ...] = tuple(_coloured_thing(row) for row in _rows(_COLOURED_THINGS))
 
 
 # --- Animal sounds -------------------------------------------------------------------------------
@@ -579,17 +574,12 @@ _WOMEN = _words(
     "Chloé Inès Manon Juliette Claire Hélène Élodie Margaux Louise Jeanne Céline Nadia Fatou "
     "Amélie Pauline Aurélie Sylvie Lucie Mathilde Zoé Agathe Noémie Solène Odile Brigitte Valérie"
 )
-_ACCEPTANCE_NAMES = frozenset(
-    _words("Oscar Clara Iris Victor Hélène Hugo Camille Bruno Nora Étienne")
-)
+_ACCEPTANCE_NAMES = frozenset(_words("Oscar Clara Iris Victor Hélène Hugo Camille Bruno Nora Étienne"))
 _DEVELOPMENT_NAMES = frozenset(_words("Max Alice Théo Léa Adam Juliette"))
 
 
 def _people(names: list[str], pronoun: Phrase) -> list[Person]:
-    return [
-        Person(name, pronoun, _split_of(name, _DEVELOPMENT_NAMES, _ACCEPTANCE_NAMES))
-        for name in names
-    ]
+    return [Person(name, pronoun, _split_of(name, _DEVELOPMENT_NAMES, _ACCEPTANCE_NAMES)) for name in names]
 
 
 PEOPLE: tuple[Person, ...] = (
@@ -602,7 +592,7 @@ PETS: dict[str, Split] = {
     for name in _words(
         "Rex Rocky Bella Luna Milo Daisy Filou Caramel Biscuit Simba Toby Coco Pepper Minou "
         "Ginger Snowy Titus Praline Gribouille Noisette Plume Ficelle Gaston Balou"
-)
+    )
 }
 
 # Towns that are the capital of no country, so that living somewhere never states a capital.
@@ -612,15 +602,21 @@ TOWNS: dict[str, Split] = {
         "Leeds Bristol Oxford Boston Chicago Seattle Dallas Sydney Glasgow Liverpool Manchester "
         "York Lyon Marseille Nantes Lille Toulouse Bordeaux Nice Rennes Strasbourg Grenoble Dijon "
         "Montpellier Brest Tours Milan Porto Cologne"
-)
+    )
 }
 
 
 HOBBIES: dict[Language, tuple[str, ...]] = {
     "en": ("music", "painting", "dancing", "cooking", "reading", "gardening", "sailing", "walking"),
     "fr": (
-        "la musique", "la peinture", "la danse", "la cuisine", "la lecture", "le jardinage",
-        "la voile", "la marche",
+        "la musique",
+        "la peinture",
+        "la danse",
+        "la cuisine",
+        "la lecture",
+        "le jardinage",
+        "la voile",
+        "la marche",
     ),
 }
 
@@ -650,8 +646,18 @@ WORDS: tuple[Word, ...] = tuple(
 LARGEST_ADDEND = 12
 _ACCEPTANCE_SUMS = frozenset(
     (
-        (2, 2), (3, 4), (1, 6), (5, 5), (2, 7), (4, 8),
-        (3, 9), (6, 7), (1, 9), (5, 8), (8, 9), (10, 4),
+        (2, 2),
+        (3, 4),
+        (1, 6),
+        (5, 5),
+        (2, 7),
+        (4, 8),
+        (3, 9),
+        (6, 7),
+        (1, 9),
+        (5, 8),
+        (8, 9),
+        (10, 4),
     )
 )
 _DEVELOPMENT_SUMS = frozenset(((3, 3), (2, 5), (4, 6), (7, 8), (1, 8), (6, 9), (10, 3), (5, 11)))
