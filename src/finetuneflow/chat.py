@@ -19,6 +19,7 @@ from finetuneflow.terminal import clean, console, print_error
 if TYPE_CHECKING:
     from finetuneflow.inference import Generator
 
+ANSWER_SHARE = 4  # of the model's context, at least this part is kept free for the answer; older turns go first
 HELP = (__doc__ or "").split("\n\n")[1]
 
 
@@ -33,17 +34,18 @@ class Chat:
 
     def answer(self, line: str) -> Iterator[tuple[str, Iterator[str]]]:
         """(name of the voice, its pieces) for each voice; the last answer goes into the history."""
-        self.history.append(Message("user", line))
+        room = min(self.decoding["max_new_tokens"], self.generator.context_length // ANSWER_SHARE)
+        asked = self.generator.recent([*self.history, Message("user", line)], room=room)
         answer = ""
         for voice in self.voices:
             pieces: list[str] = []
-            yield self._name(voice), self._speak(voice, pieces)
+            yield self._name(voice), self._speak(voice, asked, pieces)
             answer = "".join(pieces)
-        self.history.append(Message("assistant", answer))
+        self.history = [*asked, Message("assistant", answer)]  # only now: a question that failed is not remembered
 
-    def _speak(self, voice: str | None, said: list[str]) -> Iterator[str]:
+    def _speak(self, voice: str | None, asked: list[Message], said: list[str]) -> Iterator[str]:
         with self.generator.adapter(voice):
-            for piece in self.generator.stream(self.history, **self.decoding):
+            for piece in self.generator.stream(asked, **self.decoding):
                 said.append(piece)
                 yield piece
 

@@ -77,7 +77,7 @@ def data_check(
 
         for report in reports:
             show_data_report(report)
-    if any(report.error is not None or not report.usable for report in reports):
+    if any(report.error is not None for report in reports):
         raise typer.Exit(3)
 
 
@@ -587,9 +587,8 @@ def _further_adapters(workspace: Path | None, pairs: list[str] | None) -> dict[s
 
 def _suite(name: str | None) -> Any:
     from finetuneflow.evaluation.suite import load_suite
-    from finetuneflow.training.objectives import suite_path
 
-    return load_suite(suite_path(name)) if name else None
+    return load_suite(name) if name else None
 
 
 def _judges(path: Path | None) -> Any:
@@ -696,11 +695,13 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> None:
     """Entry point: translates every error of ours into text (or JSON) and an exit code, once."""
+    from finetuneflow.hardware import prefer_passive_waiting
+
+    prefer_passive_waiting()
     as_json = "--json" in sys.argv
     try:
         app()

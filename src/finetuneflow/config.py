@@ -131,6 +131,29 @@ class RunConfig(Section):
     training: Training = Field(default_factory=Training)
     evaluation: Evaluation = Field(default_factory=Evaluation)
 
+    def with_absolute_paths(self) -> RunConfig:
+        """The same with every local path made absolute: a run must be found and resumed from any folder."""
+
+        def absolute(text: str) -> str:
+            return str(Path(text).expanduser().resolve()) if Path(text).expanduser().exists() else text
+
+        data = self.data.model_copy(
+            update={
+                "train": [absolute(path) for path in self.data.train],
+                "eval": [absolute(path) for path in self.data.eval],
+                "template": absolute(self.data.template) if self.data.template.endswith(".jinja") else self.data.template,
+            }
+        )
+        base = self.model.base if self.model.base == "starter" else absolute(self.model.base)
+        suite = self.evaluation.suite
+        return self.model_copy(
+            update={
+                "data": data,
+                "model": self.model.model_copy(update={"base": base}),
+                "evaluation": self.evaluation.model_copy(update={"suite": absolute(suite) if suite and suite != "starter" else suite}),
+            }
+        )
+
     def conflicts(self) -> list[str]:
         """Combinations that cannot work, each with the way out."""
         found = []

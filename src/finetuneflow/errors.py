@@ -65,7 +65,6 @@ CODES: dict[str, str] = {
     # datasets: one row (a Problem, never an exception)
     "ROW_BAD_JSON": "A row is not valid JSON.",
     "ROW_TRUNCATED": "The file ends in the middle of its data.",
-    "ROW_TOO_LONG": "A row or line is longer than the limit.",
     "ROW_TOO_DEEP": "A row nests deeper than the limit.",
     "ROW_DUPLICATE_KEY": "An object names the same key twice.",
     "ROW_BAD_NUMBER": "A number is NaN, infinite or too large for a float.",
@@ -78,7 +77,6 @@ CODES: dict[str, str] = {
     "ROW_MISSING_COLUMN": "A column named by the mapping is missing in a row.",
     "ROW_WRONG_TYPE": "A value has a type that cannot be read as text or turns.",
     "ROW_NO_PROMPT": "A row has an answer but nothing that it answers.",
-    "ROW_NO_ANSWER": "A row has a prompt but no answer.",
     "ROW_EMPTY_ANSWER": "The answer of a row is empty.",
     "ROW_EMPTY_TEXT": "The text of a row is empty.",
     "ROW_NO_MESSAGES": "A conversation has no turns.",

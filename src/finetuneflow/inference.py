@@ -22,15 +22,12 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from finetuneflow.data.examples import Message
 from finetuneflow.errors import EvaluationError, ModelError
-
-if TYPE_CHECKING:
-    from finetuneflow.config import RunConfig
 
 DEFAULT_BATCH = 32
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
@@ -577,7 +574,7 @@ def _from_run(run: Path, *, with_adapter: bool, checkpoint: str | int | None, op
 
     config, _ = load_config(run / "run.yaml")
     if options["dtype"] == "auto":
-        options = {**options, "dtype": _dtype_of_run(config)}
+        options = {**options, "dtype": _dtype_of_run(run)}
     source = ModelSource(config.model.base, config.model.revision, config.model.trust_remote_code)
     if config.method.is_adapter:
         quantize = {"quantize": "nf4", "double_quant": config.method.double_quantization} if config.method.kind == "qlora" else {}
@@ -592,10 +589,13 @@ def _from_run(run: Path, *, with_adapter: bool, checkpoint: str | int | None, op
     return Generator(loaded.model, tokenizer, _template_of_run(run, tokenizer), name=name)
 
 
-def _dtype_of_run(config: RunConfig) -> str:
-    """The precision the run asked for, in the terms of `models.load`."""
-    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    return names.get(config.model.dtype, config.training.precision)
+def _dtype_of_run(run: Path) -> str:
+    """The storage type the run computed with (full fine-tuning: fp32), in the terms of `models.load`."""
+    try:
+        stored = json.loads((run / "environment.json").read_text(encoding="utf-8"))["setup"]["storage_dtype"]
+    except (OSError, ValueError, KeyError):
+        return "auto"
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(stored, "auto")
 
 
 def _weights_dir(run: Path, checkpoint: str | int | None, *, final: str) -> Path:

@@ -109,7 +109,8 @@ def sync_directory(directory: Path) -> None:
 def translate_os_errors(path: Path, *, needed_bytes: int | None = None) -> Iterator[None]:
     """Turn a full disk or a folder without write access into a `StorageError` that says so."""
     try:
-        yield
+        with _as_os_errors():
+            yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise disk_full(path, needed_bytes=needed_bytes) from error
@@ -119,6 +120,17 @@ def translate_os_errors(path: Path, *, needed_bytes: int | None = None) -> Itera
                 f"{path} cannot be written: {error.strerror}.",
                 remedy=f"Give this user write access to {path.parent}, or choose another folder with --workspace.",
             ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """The safetensors library reports a full disk in an error of its own, as text: give it back its number."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise OSError(int(number.group(1)), os.strerror(int(number.group(1)))) from error
         raise
 
 

@@ -211,6 +211,7 @@ def test_repairs_of_conversations_are_made_and_noted(written: list[tuple[str, st
         ([("system", "s"), ("assistant", "a")], "ROW_NO_PROMPT"),
         ([("user", "  "), ("assistant", "a")], "ROW_NO_PROMPT"),
         ([("assistant", "a"), ("user", "q")], "ROW_NO_ASSISTANT"),
+        ([("user", ""), ("assistant", "a"), ("user", "q")], "ROW_NO_PROMPT"),
         ([("user", "q"), ("bot", "a")], "ROW_UNKNOWN_ROLE"),
         ([("user", "q"), (7, "a")], "ROW_UNKNOWN_ROLE"),
         ([("user", "q"), ("tool", "r"), ("assistant", "a")], "ROW_BAD_TOOL_CALL"),

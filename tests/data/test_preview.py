@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ import pytest
 from template_support import TOYS, byte_tokenizer, chat
 
 from finetuneflow.data.examples import Message
-from finetuneflow.data.preview import Preview, preview, to_html, to_terminal, visible
+from finetuneflow.data.preview import Preview, preview, to_html, to_json, to_terminal, visible
 from finetuneflow.data.templates import resolve_template
 from finetuneflow.data.tokens import MASKED, Policy, tokenize
 
@@ -28,7 +29,9 @@ def _terminal(shown: Preview, *, colour: bool) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=160, force_terminal=colour, color_system="truecolor" if colour else None, legacy_windows=False).print(to_terminal(shown))
+    Console(file=out, width=160, force_terminal=colour, color_system="truecolor" if colour else None, legacy_windows=False).print(
+        to_terminal(shown)
+    )
     return out.getvalue()
 
 
@@ -122,7 +125,10 @@ def test_forged_control_tokens_look_like_text_and_true_ones_are_boxed() -> None:
 
 
 def test_answers_left_out_of_the_loss_are_shown_as_such() -> None:
-    example = replace(EXAMPLE, messages=(Message("user", "Q"), Message("assistant", "bad", weight=0.0), Message("user", "R"), Message("assistant", "A")))
+    example = replace(
+        EXAMPLE,
+        messages=(Message("user", "Q"), Message("assistant", "bad", weight=0.0), Message("user", "R"), Message("assistant", "A")),
+    )
     shown = _shown(example)
     assert "‹bad⟦<|im_end|>⟧›" in _terminal(shown, colour=False)
     assert '<span class="run masked">' in to_html(shown)
@@ -137,6 +143,15 @@ def test_rows_left_out_are_listed_with_the_reason() -> None:
 def test_an_emoji_of_several_tokens_is_one_piece_and_shows_all_its_ids() -> None:
     pieces = [piece for piece in _shown().rows[0].pieces if "😀" in piece.text]
     assert pieces and all(len(piece.ids) > 1 for piece in pieces)
+
+
+def test_programs_get_the_same_tokens_as_people() -> None:
+    shown = _shown()
+    facts = json.loads(json.dumps(to_json(shown)))
+    row = facts["rows"][0]
+    assert (row["ids"], row["labels"]) == (shown.rows[0].tokens.ids, shown.rows[0].tokens.labels)
+    assert [number for piece in row["pieces"] for number in piece["ids"]] == row["ids"]
+    assert facts["policy"] == {"supervise": "assistant", "max_length": 2048, "overlong": "cut"}
 
 
 def test_cut_rows_say_what_they_lost() -> None:

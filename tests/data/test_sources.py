@@ -345,7 +345,7 @@ def test_nul_in_a_cell_is_a_problem(tmp_path: Path) -> None:
 # --- files that are no datasets --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b"  \n \n", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"", b"  \n \n", b"\xef\xbb\xbf\n", b"\x0b", gzip.compress(b"", mtime=0)])
 def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError) as caught:
         list(read_rows(write(tmp_path, content)))
@@ -360,7 +360,7 @@ def test_header_only_and_an_empty_array_give_no_rows(tmp_path: Path, content: by
 @pytest.mark.parametrize(
     "content",
     [b"%PDF-1.7\n...", b"PK\x03\x04" + b"\0" * 40, b"<!DOCTYPE html><html></html>", b"\n<!-- x -->\n<html>", b"\x80\x04\x95pickle", b"GGUF\x03\0\0\0", b"BZh91AY",
-     gzip.compress(gzip.compress(b"[1]")), bytes(range(256)) * 40, b"\x89PNG\r\n\x1a\n"],
+     gzip.compress(gzip.compress(b"[1]", mtime=0), mtime=0), bytes(range(256)) * 40, b"\x89PNG\r\n\x1a\n"],
 )  # fmt: skip
 def test_other_files_are_refused_with_what_they_are(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError) as caught:
@@ -377,8 +377,8 @@ def test_a_page_made_to_be_slow_is_judged_in_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", ['{"question": oops}', '{"question": "x}', '{"question" 1}'])
 def test_a_large_array_of_bad_rows_is_read_in_time(tmp_path: Path, bad: str) -> None:
     started = time.process_time()
-    _, problems = read(write(tmp_path, "[" + ",\n".join([bad] * 20_000) + "]"))
-    assert time.process_time() - started < 10 and len(problems) >= 10_000
+    _, problems = read(write(tmp_path, "[" + ",\n".join([bad] * 5_000) + "]"))
+    assert time.process_time() - started < 5 and len(problems) >= 2_500
 
 
 def test_missing_files_folders_and_unknown_encodings_have_their_own_messages(tmp_path: Path) -> None:

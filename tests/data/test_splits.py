@@ -133,3 +133,14 @@ def test_the_real_duplicates_of_metropole_stay_on_one_side(shared_data: Path) ->
     assert not any(examples[i].messages in train for i in parts.eval_indices)
     assert abs(len(parts.eval_indices) - len(examples) / 10) < 5
     assert leaks([examples[i] for i in parts.train_indices], [examples[i] for i in parts.eval_indices]) == []
+
+
+def test_passages_of_one_document_stay_on_one_side(tmp_path: Path) -> None:
+    texts = []
+    for number in range(4):
+        path = tmp_path / f"book{number}.txt"
+        path.write_text("\n\n".join(f"Chapter {i} of book {number}. " + f"word{i} story{number} " * 400 for i in range(12)))
+        texts += [e for e in to_examples(read_rows(path)) if isinstance(e, Example)]
+    found = split(texts, eval_fraction=0.25, seed=1)
+    sides = [{texts[i].place.file for i in side} for side in (found.train_indices, found.eval_indices)]
+    assert len(texts) > 8 and sides[0] and sides[1] and not sides[0] & sides[1]

@@ -76,7 +76,9 @@ def test_a_template_cannot_reach_python(source: str) -> None:
     assert caught.value.code in ("TEMPLATE_UNSAFE", "TEMPLATE_INVALID", "TEMPLATE_REFUSED")
 
 
-@pytest.mark.parametrize("source", ["{% include 'a' %}", "{% import 'a' as b %}", "{% extends 'a' %}", "{% for %}", "{{ 'a' ", "{{ a | nofilter }}"])
+@pytest.mark.parametrize(
+    "source", ["{% include 'a' %}", "{% import 'a' as b %}", "{% extends 'a' %}", "{% for %}", "{{ 'a' ", "{{ a | nofilter }}"]
+)
 def test_a_template_that_is_no_chat_template_is_refused_when_compiled(source: str) -> None:
     with pytest.raises(DataError) as caught:
         CompiledTemplate(source, "broken")
@@ -101,7 +103,14 @@ def test_the_date_a_template_asks_for_is_fixed_and_part_of_the_digest() -> None:
 
 
 def test_every_error_code_of_the_sandbox_is_explained() -> None:
-    codes = ["TEMPLATE_TOO_COSTLY", "TEMPLATE_UNSAFE", "TEMPLATE_INVALID", "TEMPLATE_REFUSED", "TEMPLATE_NO_SPANS", "TEMPLATE_MISMATCH"]
+    codes = [
+        "TEMPLATE_TOO_COSTLY",
+        "TEMPLATE_UNSAFE",
+        "TEMPLATE_INVALID",
+        "TEMPLATE_REFUSED",
+        "TEMPLATE_NO_SPANS",
+        "TEMPLATE_MISMATCH",
+    ]
     assert set(codes) <= set(CODES)
 
 
@@ -253,7 +262,9 @@ def test_reasoning_is_trained_on_as_the_template_writes_it() -> None:
         "[{{ m.role }}]{{ c }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     template = resolve_template(_with_template(piece_tokenizer(), source))
-    example = chat(("user", "Q"), ("assistant", "<think>\nR\n</think>\n\nA"), ("user", "P"), ("assistant", "<think>\nS\n</think>\n\nB"))
+    example = chat(
+        ("user", "Q"), ("assistant", "<think>\nR\n</think>\n\nA"), ("user", "P"), ("assistant", "<think>\nS\n</think>\n\nB")
+    )
     assert _bracketed(template, example) == "[user]Q</s>[assistant]«A</s>»[user]P</s>[assistant]«<think>\nS\n</think>\n\nB</s>»"
 
 
@@ -362,6 +373,8 @@ def test_inference_prompts_of_real_templates_are_the_beginning_of_training_rows(
 ) -> None:
     tokenizer = real_tokenizers(shared_data)[tokenizer_name]
     template = resolve_template(tokenizer, str(shared_data / "chat_templates" / f"{name}.jinja"), consent=True)
-    row = template.encoder.encode(template.locate([Message("user", "What is it?"), Message("assistant", "It is Paris.")]).text).ids
+    row = template.encoder.encode(
+        template.locate([Message("user", "What is it?"), Message("assistant", "It is Paris.")]).text
+    ).ids
     prompt = template.prompt_ids([Message("user", "What is it?")])
     assert row[: len(prompt)] == prompt

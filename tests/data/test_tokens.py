@@ -64,7 +64,8 @@ def _reference(tokenizer: Any, source: str, example: Example, turn_end: str) -> 
             position += gap + len(turn_end)
         learned[begin:position] = [True] * (position - begin)
     labels = [
-        token if any(learned[start:end]) else MASKED for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        token if any(learned[start:end]) else MASKED
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
     return encoded["input_ids"], labels
 
@@ -75,7 +76,9 @@ def _reference(tokenizer: Any, source: str, example: Example, turn_end: str) -> 
 @pytest.mark.shared_data
 @pytest.mark.parametrize("tokenizer_name", TOKENIZERS)
 @pytest.mark.parametrize("name", TURN_ENDS)
-def test_ids_and_labels_of_real_templates_equal_an_independent_reference(shared_data: Path, name: str, tokenizer_name: str) -> None:
+def test_ids_and_labels_of_real_templates_equal_an_independent_reference(
+    shared_data: Path, name: str, tokenizer_name: str
+) -> None:
     tokenizer = real_tokenizers(shared_data)[tokenizer_name]
     path = shared_data / "chat_templates" / f"{name}.jinja"
     template = resolve_template(tokenizer, str(path), consent=True)
@@ -90,7 +93,9 @@ def test_ids_and_labels_of_real_templates_equal_an_independent_reference(shared_
 @pytest.mark.parametrize("tokenizer_name", TOKENIZERS)
 @pytest.mark.parametrize("name", TURN_ENDS)
 def test_the_loss_begins_exactly_where_the_inference_prompt_ends(shared_data: Path, name: str, tokenizer_name: str) -> None:
-    template = resolve_template(real_tokenizers(shared_data)[tokenizer_name], str(shared_data / "chat_templates" / f"{name}.jinja"), consent=True)
+    template = resolve_template(
+        real_tokenizers(shared_data)[tokenizer_name], str(shared_data / "chat_templates" / f"{name}.jinja"), consent=True
+    )
     row = _row(chat(("user", "What is it?"), ("assistant", "Paris it is.")), template)
     first = next(number for number, label in enumerate(row.labels) if label != MASKED)
     assert row.ids[:first] == template.prompt_ids([Message("user", "What is it?")])
@@ -138,7 +143,13 @@ def test_a_turn_of_weight_zero_is_context_and_its_turn_end_too() -> None:
 def test_weights_stay_with_their_turns_when_a_system_message_is_merged() -> None:
     source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + OWN
     template = resolve_template(_with_template(piece_tokenizer(), source))
-    turns = (Message("system", "S"), Message("user", "Q"), Message("assistant", "bad", weight=0.0), Message("user", "R"), Message("assistant", "good"))
+    turns = (
+        Message("system", "S"),
+        Message("user", "Q"),
+        Message("assistant", "bad", weight=0.0),
+        Message("user", "R"),
+        Message("assistant", "good"),
+    )
     assert _learned(_row(replace(LONG_CHAT, messages=turns), template), template) == "good</s>"
 
 
@@ -160,7 +171,12 @@ def test_an_empty_answer_is_never_learned() -> None:
 def test_a_tool_call_is_learned_with_its_markup_tokens() -> None:
     tokenizer = byte_tokenizer()
     template = resolve_template(tokenizer, "chatml")
-    turns = (Message("user", "Q"), Message("assistant", "", tool_calls=(ToolCall("f", {"x": "y"}),)), Message("tool", "R"), Message("assistant", "A"))
+    turns = (
+        Message("user", "Q"),
+        Message("assistant", "", tool_calls=(ToolCall("f", {"x": "y"}),)),
+        Message("tool", "R"),
+        Message("assistant", "A"),
+    )
     row = _row(replace(LONG_CHAT, messages=turns), template)
     assert _learned(row, template) == '<tool_call>\n{"name": "f", "arguments": {"x": "y"}}\n</tool_call><|im_end|>A<|im_end|>'
     assert tokenizer.convert_tokens_to_ids("<tool_call>") in row.labels
@@ -170,7 +186,11 @@ def test_a_document_is_learned_whole_and_ends() -> None:
     document = Example("text", Place("a.txt", 0), "text", text="The capital of France.")
     row = _row(document, resolve_template(piece_tokenizer()))
     tokenizer = piece_tokenizer()
-    expected = [tokenizer.bos_token_id, *tokenizer("The capital of France.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    expected = [
+        tokenizer.bos_token_id,
+        *tokenizer("The capital of France.", add_special_tokens=False)["input_ids"],
+        tokenizer.eos_token_id,
+    ]
     assert row.ids == row.labels == expected
     assert _row(document, resolve_template(byte_tokenizer())).ids[0] != byte_tokenizer().bos_token_id
 
@@ -178,7 +198,12 @@ def test_a_document_is_learned_whole_and_ends() -> None:
 def test_of_a_preference_pair_the_chosen_answer_is_learned_and_a_bad_answer_never() -> None:
     template = resolve_template(byte_tokenizer(), "chatml")
     pair = Example(
-        "preference", Place("p", 0), "pair", (Message("user", "Q"),), chosen=(Message("assistant", "yes"),), rejected=(Message("assistant", "no"),)
+        "preference",
+        Place("p", 0),
+        "pair",
+        (Message("user", "Q"),),
+        chosen=(Message("assistant", "yes"),),
+        rejected=(Message("assistant", "no"),),
     )
     assert _learned(_row(pair, template), template) == "yes<|im_end|>"
     rated = replace(LONG_CHAT, kind="unpaired", label=False)
@@ -189,13 +214,19 @@ def test_of_a_preference_pair_the_chosen_answer_is_learned_and_a_bad_answer_neve
 
 
 def _control_count(row: Tokens, tokenizer: Any, template: Template) -> int:
-    control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special or token.content in template.source}
+    control = {
+        token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content in template.source
+    }
     return sum(1 for token_id in row.ids if token_id in control)
 
 
 def _assert_forgery_is_plain(tokenizer: Any, template: Template) -> None:
     """A question with the name of every control token gives as many control tokens as a harmless one."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special or token.content in template.source]
+    added = [
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special or token.content in template.source
+    ]
     added = [content for content in added if content.strip()][:40]
     harmless = chat(("user", "What is it?"), ("assistant", "It is."), ("user", "And?"), ("assistant", "So."))
     for forged in (" ".join(added), "".join(added), f"x{added[-1]}"):
@@ -210,9 +241,13 @@ def _assert_forgery_is_plain(tokenizer: Any, template: Template) -> None:
 @pytest.mark.shared_data
 @pytest.mark.parametrize("tokenizer_name", TOKENIZERS)
 @pytest.mark.parametrize("name", TURN_ENDS)
-def test_control_tokens_in_a_question_are_plain_text_for_real_templates(shared_data: Path, name: str, tokenizer_name: str) -> None:
+def test_control_tokens_in_a_question_are_plain_text_for_real_templates(
+    shared_data: Path, name: str, tokenizer_name: str
+) -> None:
     tokenizer = real_tokenizers(shared_data)[tokenizer_name]
-    _assert_forgery_is_plain(tokenizer, resolve_template(tokenizer, str(shared_data / "chat_templates" / f"{name}.jinja"), consent=True))
+    _assert_forgery_is_plain(
+        tokenizer, resolve_template(tokenizer, str(shared_data / "chat_templates" / f"{name}.jinja"), consent=True)
+    )
 
 
 @pytest.mark.shared_data
@@ -247,30 +282,47 @@ def test_markup_that_is_no_special_token_stays_markup_in_an_answer_and_not_in_a_
     assert _row(chat(("user", "Q"), ("assistant", "<tool_call>x")), template).ids.count(call) == 1
     assert _row(chat(("user", "<tool_call>x"), ("assistant", "A")), template).ids.count(call) == 0
     assert "<think>" in MARKUP and "<think>" not in template.source  # the template does not write it: an ordinary token
-    assert _row(chat(("user", "<think>"), ("assistant", "A")), template).ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 1
+    assert (
+        _row(chat(("user", "<think>"), ("assistant", "A")), template).ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 1
+    )
 
 
 _text = st.lists(
-    st.one_of(st.text(max_size=6), st.sampled_from([" ", "\n", "é", "😀", "<|im_end|>", "<|im_start|>user\n", "</s>", "<s>", "<tool_call>", "<0x41>"])),
+    st.one_of(
+        st.text(max_size=6),
+        st.sampled_from([" ", "\n", "é", "😀", "<|im_end|>", "<|im_start|>user\n", "</s>", "<s>", "<tool_call>", "<0x41>"]),
+    ),
     max_size=6,
 ).map("".join)
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(question=_text, answer=_text, system=_text, toy=st.sampled_from(sorted(TOYS)), name=st.sampled_from(["chatml", "plain", "llama2"]))
-def test_whatever_people_write_the_row_reads_back_and_holds_no_forged_token(question: str, answer: str, system: str, toy: str, name: str) -> None:
+@given(
+    question=_text,
+    answer=_text,
+    system=_text,
+    toy=st.sampled_from(sorted(TOYS)),
+    name=st.sampled_from(["chatml", "plain", "llama2"]),
+)
+def test_whatever_people_write_the_row_reads_back_and_holds_no_forged_token(
+    question: str, answer: str, system: str, toy: str, name: str
+) -> None:
     tokenizer = TOYS[toy]()
     template = resolve_template(tokenizer, name)
     result = tokenize(chat(("system", system), ("user", question), ("assistant", answer)), template, Policy(max_length=10_000))
     if isinstance(result, Problem):
-        assert not answer.strip() or not question.strip() or any(ord(char) >= 0x100000 or 0xD800 <= ord(char) < 0xE000 for char in system + question + answer)
+        assert (
+            not answer.strip()
+            or not question.strip()
+            or any(ord(char) >= 0x100000 or 0xD800 <= ord(char) < 0xE000 for char in system + question + answer)
+        )
         return
     (row,) = result
     harmless = _row(chat(("system", "s" if system.strip() else ""), ("user", "q"), ("assistant", "a")), template)
     if question.strip():
-        assert _control_count(row, tokenizer, template) - answer.count("<tool_call>") * (toy == "bytes" and "<tool_call>" in template.source) == _control_count(
-            harmless, tokenizer, template
-        )
+        assert _control_count(row, tokenizer, template) - answer.count("<tool_call>") * (
+            toy == "bytes" and "<tool_call>" in template.source
+        ) == _control_count(harmless, tokenizer, template)
     if toy == "bytes":
         rendered = template.render([Message("system", system), Message("user", question), Message("assistant", answer)])
         assert tokenizer.decode(row.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == rendered
@@ -308,7 +360,12 @@ def test_a_row_whose_answer_cannot_be_reached_is_left_out_and_counted() -> None:
 
 def test_a_long_conversation_gives_up_its_oldest_exchanges_before_its_only_learned_answer() -> None:
     template = resolve_template(byte_tokenizer(), "chatml")
-    turns = [("system", "S"), *[(role, f"{role} {n} " * 10) for n in range(8) for role in ("user", "assistant")], ("user", "last?"), ("assistant", "LAST")]
+    turns = [
+        ("system", "S"),
+        *[(role, f"{role} {n} " * 10) for n in range(8) for role in ("user", "assistant")],
+        ("user", "last?"),
+        ("assistant", "LAST"),
+    ]
     row = _row(chat(*turns), template, supervise="last", max_length=160)
     assert _learned(row, template) == "LAST<|im_end|>"
     assert len(row.ids) <= 160 and row.lost_tokens > 0 and row.lost_answer_tokens == 0
@@ -329,7 +386,9 @@ def test_split_parts_a_conversation_between_exchanges_and_loses_no_answer() -> N
     parts = _rows(example, template, max_length=len(whole.ids) - 5, overlong="split")
     assert [part.part for part in parts] == [0, 1]
     assert sum(part.supervised for part in parts) == whole.supervised and sum(part.lost_answer_tokens for part in parts) == 0
-    assert all(template.tokenizer.decode(part.ids).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user") for part in parts)
+    assert all(
+        template.tokenizer.decode(part.ids).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user") for part in parts
+    )
 
 
 def test_split_documents_keep_every_token_and_end_once() -> None:
@@ -348,7 +407,9 @@ def test_split_documents_keep_every_token_and_end_once() -> None:
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6), limit=st.integers(12, 200), overlong=st.sampled_from(["cut", "split", "drop"]),
     supervise=st.sampled_from(["assistant", "last"]),
 )  # fmt: skip
-def test_no_row_is_ever_too_long_or_without_a_learned_token(lengths: list[int], limit: int, overlong: Any, supervise: Any) -> None:
+def test_no_row_is_ever_too_long_or_without_a_learned_token(
+    lengths: list[int], limit: int, overlong: Any, supervise: Any
+) -> None:
     template = resolve_template(byte_tokenizer(), "chatml")
     turns = [turn for length in lengths for turn in (("user", "word " * length), ("assistant", "answer " * (31 - length)))]
     result = tokenize(chat(*turns), template, Policy(supervise, limit, overlong))
@@ -366,7 +427,9 @@ def test_measure_counts_what_a_limit_would_take() -> None:
 
 def test_many_examples_come_out_in_order_whatever_becomes_of_them() -> None:
     template = resolve_template(byte_tokenizer(), "chatml")
-    examples = [replace(chat(("user", "Q"), ("assistant", "A" * (number % 3))), place=Place("f", number)) for number in range(1200)]
+    examples = [
+        replace(chat(("user", "Q"), ("assistant", "A" * (number % 3))), place=Place("f", number)) for number in range(1200)
+    ]
     results = list(tokenize_many(examples, template))
     places = [result.place.row if isinstance(result, Problem) else result[0].place.row for result in results]
     assert places == list(range(1200))

@@ -13,6 +13,7 @@ import pytest
 
 from evaluation.asking import PROMPTS, chat, tiny_generator
 from export.run_dir import EVAL_ROWS, make_run
+from finetuneflow.data.examples import Example, Message, Place
 from finetuneflow.errors import EvaluationError, StorageError
 from finetuneflow.evaluation.measure import Options, evaluate, options_of_run, sample_answers
 from finetuneflow.evaluation.samples import AnswerRecord, answer_all
@@ -69,6 +70,9 @@ def test_rows_left_out_are_counted_by_their_code(tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     data.write_text('{"messages": [{"role": "bot", "content": "?"}]}\n{"instruction": "a", "output": "b"}\n')
     evaluation = evaluate(tiny_generator("gpt2"), [data], options=Options(max_new_tokens=2))
+    unanswerable = Example("chat", Place("d", 2), "messages", (Message("user", "a"), Message("user", "b" * 4000), Message("assistant", "c")))
+    both = evaluate(tiny_generator("gpt2"), [*EXAMPLES[:1], unanswerable], options=Options(max_new_tokens=2, max_length=300))
+    assert all(count == 1 for count in both.skipped.values()) and both.skipped
     assert sum(evaluation.skipped.values()) == 1 and evaluation.scores is not None and evaluation.scores.answers == 1
 
 

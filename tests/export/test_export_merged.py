@@ -73,6 +73,13 @@ def test_other_mergeable_methods_pass_their_check(new_run: RunMaker, kind: str) 
     assert "adapter_config.json" not in names and "finetuneflow_export.zip" not in names
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "mamba"])
+def test_transposed_tied_and_recurrent_weights_merge_too(tmp_path: Path, architecture: str) -> None:
+    """GPT-2 stores its matrices transposed, Gemma shares embedding and output, Mamba has no attention."""
+    result = export(make_run(tmp_path, architecture=architecture), "merged")
+    assert result.check.passed and result.check.adapter_effect and result.check.adapter_effect > 0.01
+
+
 def test_the_merged_model_answers_through_transformers_alone(new_run: RunMaker) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

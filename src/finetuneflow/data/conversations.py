@@ -235,6 +235,7 @@ def trainable(messages: tuple[Message, ...], notes: list[str]) -> tuple[Message,
     _require_roles(messages)
     turns = _joined(_from_first_prompt(list(messages), notes), notes)
     turns = _until_last_answer(turns, notes)
+    _require_prompt(turns)
     turns = [_silenced(turn, notes) for turn in turns]
     if not any(turn.role == "assistant" and turn.weight > 0 for turn in turns):
         raise RowFault("ROW_NOTHING_SUPERVISED", "every assistant turn has the weight 0", "Give at least one answer a weight above 0.")
@@ -254,6 +255,7 @@ def _is_plain_pair(messages: tuple[Message, ...]) -> bool:
 def prompt_messages(messages: tuple[Message, ...], notes: list[str]) -> tuple[Message, ...]:
     """The shared prompt of a preference pair: like `trainable`, but it ends with what the answer replies to."""
     turns = _joined(_from_first_prompt(list(messages), notes), notes)
+    _require_prompt(turns)
     turns = [_silenced(turn, notes) for turn in turns]
     if turns[-1].role not in ("user", "tool"):
         raise RowFault("ROW_BAD_PREFERENCE", "the shared prompt ends with an assistant turn", "Both answers must reply to the same user turn.")
@@ -283,14 +285,19 @@ def _from_first_prompt(turns: list[Message], notes: list[str]) -> list[Message]:
     if len(kept) < len(turns):
         notes.append("empty_system_dropped")
     first = next((i for i, turn in enumerate(kept) if turn.role == "user"), None)
-    if first is None or not any(turn.content.strip() for turn in kept if turn.role == "user"):
-        raise RowFault("ROW_NO_PROMPT", "no user turn with text", "Add what the assistant answers to.")
+    if first is None:
+        raise RowFault("ROW_NO_PROMPT", "no user turn", "Add what the assistant answers to.")
     opening = [turn for turn in kept[:first] if turn.role == "system"]
     if len(opening) < first:
         notes.append("starts_with_assistant")
     if any(turn.role == "system" for turn in kept[first:]):
         notes.append("system_in_the_middle")
     return opening + kept[first:]
+
+
+def _require_prompt(turns: list[Message]) -> None:
+    if not any(turn.role == "user" and turn.content.strip() for turn in turns):
+        raise RowFault("ROW_NO_PROMPT", "no user turn with text before an answer", "Add what the assistant answers to.")
 
 
 def _joined(turns: list[Message], notes: list[str]) -> list[Message]:

@@ -110,7 +110,9 @@ class Encoder:
         plain = [number for number, text in enumerate(texts) if not self.is_protected(text)]
         results: list[Encoded | None] = [None] * len(texts)
         self._reset(self._backend)
-        for number, encoding in zip(plain, self._backend.encode_batch([texts[n] for n in plain], add_special_tokens=False), strict=True):
+        for number, encoding in zip(
+            plain, self._backend.encode_batch([texts[n] for n in plain], add_special_tokens=False), strict=True
+        ):
             results[number] = Encoded(encoding.ids, encoding)
         return [self._encode_with_twin(text) if done is None else done for text, done in zip(texts, results, strict=True)]
 

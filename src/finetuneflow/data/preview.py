@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,7 +79,10 @@ class Preview:
         """What decided these tokens, as (name, value)."""
         learned = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "every token"}
         return [
-            ("Template", f"{self.template.name} ({self.template.origin})"),
+            (
+                "Template",
+                self.template.name if self.template.origin == "tokenizer" else f"{self.template.name} ({self.template.origin})",
+            ),
             ("Digest", self.template.digest[:12]),
             ("End of a turn", f"{self.template.stop or 'none'} = {list(self.template.turn_end)}"),
             ("In the loss", learned[self.policy.supervise]),
@@ -184,9 +187,15 @@ def to_terminal(shown: Preview) -> Group:
         facts.add_row(Text(name, style="bold"), Text(value))
     parts: list[Any] = [facts, *(Text(f"note: {note}", style="cyan") for note in shown.template.notes), _legend(), Text()]
     for row in shown.rows:
-        parts.append(Panel(_row_text(row), title=Text(row.title), title_align="left", subtitle=Text(row.counts), subtitle_align="left"))
+        parts.append(
+            Panel(_row_text(row), title=Text(row.title), title_align="left", subtitle=Text(row.counts), subtitle_align="left")
+        )
     for problem in shown.problems:
-        parts.append(Text.assemble(("left out ", "bold red"), f"{problem.place}: {problem.code}: {visible(problem.found)} ", (problem.hint, "dim")))
+        parts.append(
+            Text.assemble(
+                ("left out ", "bold red"), f"{problem.place}: {problem.code}: {visible(problem.found)} ", (problem.hint, "dim")
+            )
+        )
     return Group(*parts)
 
 
@@ -217,6 +226,32 @@ def _row_text(row: PreviewRow) -> Text:
         before = piece.part
     text.append(signs[before][1])
     return text
+
+
+# JSON --------------------------------------------------------------------------------------------------------------------
+
+
+def to_json(shown: Preview) -> dict[str, Any]:
+    """The same for programs: per row ids, labels, and the pieces with their part; the rows left out; what decided the tokens."""
+    return {
+        "template": {"name": shown.template.name, "origin": shown.template.origin, "digest": shown.template.digest},
+        "turn_end": list(shown.template.turn_end),
+        "notes": list(shown.template.notes),
+        "policy": asdict(shown.policy),
+        "rows": [_row_json(row) for row in shown.rows],
+        "problems": [{"place": str(p.place), "code": p.code, "found": p.found, "hint": p.hint} for p in shown.problems],
+    }
+
+
+def _row_json(row: PreviewRow) -> dict[str, Any]:
+    return {
+        "place": row.title,
+        "ids": row.tokens.ids,
+        "labels": row.tokens.labels,
+        "supervised": row.tokens.supervised,
+        "lost_tokens": row.tokens.lost_tokens,
+        "pieces": [{"ids": list(p.ids), "text": p.text, "part": p.part, "control": p.special} for p in row.pieces],
+    }
 
 
 # HTML --------------------------------------------------------------------------------------------------------------------
@@ -275,7 +310,11 @@ _SPOKEN: dict[Part, str] = {"supervised": "in the loss: ", "context": "context: 
 def _html_run(part: Part, pieces: Sequence[Piece]) -> str:
     tokens = "".join(_html_piece(piece) for piece in pieces)
     spoken = f'<span class="sr">{_SPOKEN[part]}</span>'
-    return f'<mark class="run">{spoken}{tokens}</mark>' if part == "supervised" else f'<span class="run {part}">{spoken}{tokens}</span>'
+    return (
+        f'<mark class="run">{spoken}{tokens}</mark>'
+        if part == "supervised"
+        else f'<span class="run {part}">{spoken}{tokens}</span>'
+    )
 
 
 def _html_piece(piece: Piece) -> str:
@@ -284,7 +323,9 @@ def _html_piece(piece: Piece) -> str:
     fate = {"supervised": "in the loss", "context": "context", "masked": "left out"}[piece.part]
     where = f"#{piece.position} · {'control · ' if piece.special else ''}{fate}"
     kind = ' class="x"' if piece.special else ""
-    return f'<b{kind} data-id="{ids}" data-name="{escape(names)}" data-at="{where}"><i>{escape(visible(piece.text)) or "∅"}</i></b>'
+    return (
+        f'<b{kind} data-id="{ids}" data-name="{escape(names)}" data-at="{where}"><i>{escape(visible(piece.text)) or "∅"}</i></b>'
+    )
 
 
 def _html_table(row: PreviewRow) -> str:

@@ -180,7 +180,9 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self, today: date) -> None:
         self.meter = _Meter()
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], finalize=self.meter.output)
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], finalize=self.meter.output
+        )
         for name in _COSTLY_FILTERS:
             self.filters.pop(name, None)
         self.filters["tojson"] = _tojson
@@ -337,7 +339,9 @@ class CompiledTemplate:
 
     def __init__(self, source: str, name: str, today: date = FIXED_DATE) -> None:
         if len(source) > MAX_SOURCE_CHARS:
-            raise DataError("TEMPLATE_INVALID", f"The chat template {name!r} is larger than {MAX_SOURCE_CHARS:,} characters.", where=name)
+            raise DataError(
+                "TEMPLATE_INVALID", f"The chat template {name!r} is larger than {MAX_SOURCE_CHARS:,} characters.", where=name
+            )
         self.name = name
         self.source = source
         self._environment = MeteredEnvironment(today)
@@ -375,4 +379,6 @@ class CompiledTemplate:
             raise self._refusal(f"{type(error).__name__}: {error}") from error
 
     def _refusal(self, reason: str) -> TemplateRefusal:
-        return TemplateRefusal("TEMPLATE_REFUSED", f"The chat template {self.name!r} refuses this conversation: {reason}", where=self.name)
+        return TemplateRefusal(
+            "TEMPLATE_REFUSED", f"The chat template {self.name!r} refuses this conversation: {reason}", where=self.name
+        )

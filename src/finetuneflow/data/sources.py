@@ -94,7 +94,7 @@ def read_rows(path: str | Path, *, encoding: str | None = None, limits: Limits |
         return
     with open_text(path, info.encoding or "utf-8", limits) as (stream, below):
         row = -1
-        for row, item in enumerate(_number(name, _text_rows(stream, info, limits))):  # noqa: B007 - the last index is used below
+        for row, item in enumerate(_number(name, _text_rows(stream, info, limits, name))):  # noqa: B007 - the last index is used below
             yield item
         if below.damage:
             hint = "The file was cut or damaged after this row; download or compress it again."
@@ -113,7 +113,7 @@ def _number(name: str, entries: Iterator[Entry]) -> Iterator[Row | Problem]:
             yield Row(place, found)
 
 
-def _text_rows(stream: TextIO, info: SourceInfo, limits: Limits) -> Iterator[Entry]:
+def _text_rows(stream: TextIO, info: SourceInfo, limits: Limits, name: str) -> Iterator[Entry]:
     if info.format == "jsonl":
         return map(_json_entry, values_by_line(stream, limits))
     if info.format == "json-array":
@@ -122,7 +122,7 @@ def _text_rows(stream: TextIO, info: SourceInfo, limits: Limits) -> Iterator[Ent
         return map(_json_entry, ArrayReader(stream, limits).documents())
     if info.format == "csv":
         return _table_rows(stream, info.delimiter or ",", limits)
-    return _line_documents(stream, limits) if info.line_documents else _passages(stream, limits)
+    return _line_documents(stream, limits) if info.line_documents else _passages(stream, limits, name)
 
 
 # --- what a file is ----------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def sniff(path: str | Path, *, encoding: str | None = None, limits: Limits | Non
     if wide is None and len(CONTROL_BYTE.findall(probe)) > max(4, len(probe) // 50):
         raise _not_a_dataset(path, "it holds binary data", "Give JSON, CSV, Parquet or text.")
     text = probe.decode(wide or "utf-8", "replace")
-    if not text.strip(" \t\r\n\ufeff"):
+    if not text.replace("\ufeff", "").strip():
         raise DataError("DATASET_EMPTY", f"{path.name} is empty.", where=str(path), remedy="Give a file with at least one example.")
     whole = len(probe) < PROBE_BYTES
     kind = _json_format(text, whole)
@@ -390,8 +390,11 @@ def _line_documents(stream: TextIO, limits: Limits) -> Iterator[Entry]:
             yield number, _checked_strings({"text": line.rstrip("\r\n")})
 
 
-def _passages(stream: TextIO, limits: Limits) -> Iterator[Entry]:
-    """Passages of running text: cut at the first blank line after `PASSAGE_CHARS`, at a line end after twice as many."""
+def _passages(stream: TextIO, limits: Limits, document: str) -> Iterator[Entry]:
+    """Passages of running text: cut at the first blank line after `PASSAGE_CHARS`, at a line end after twice as many.
+
+    They carry their document as group, so that a split keeps a document on one side.
+    """
     lines: list[str] = []
     start, size = 1, 0
     for number, line in numbered_lines(stream, limits.row_chars):
@@ -400,7 +403,7 @@ def _passages(stream: TextIO, limits: Limits) -> Iterator[Entry]:
             continue
         blank = not line.strip()
         if lines and ((blank and size >= PASSAGE_CHARS) or size >= 2 * PASSAGE_CHARS):
-            yield start, _passage(lines)
+            yield start, _passage(lines, document)
             lines, size = [], 0
         if not lines:
             start = number
@@ -408,11 +411,11 @@ def _passages(stream: TextIO, limits: Limits) -> Iterator[Entry]:
             lines.append(line)
             size += len(line)
     if any(line.strip() for line in lines):
-        yield start, _passage(lines)
+        yield start, _passage(lines, document)
 
 
-def _passage(lines: list[str]) -> dict[str, Any] | Fault:
-    return _checked_strings({"text": "".join(lines).replace("\r\n", "\n").rstrip()})
+def _passage(lines: list[str], document: str) -> dict[str, Any] | Fault:
+    return _checked_strings({"text": "".join(lines).replace("\r\n", "\n").rstrip(), "group": document})
 
 
 # --- Parquet -----------------------------------------------------------------------------------

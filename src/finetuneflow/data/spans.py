@@ -177,7 +177,9 @@ def locate(render: Render, anatomy: Anatomy, messages: Sequence[Turn]) -> Locate
         raise _not_found(f"the conversation has more than {MAX_TURNS:,} turns")
     bare = render(messages, False)
     for roles in (None, ("system", "user", "assistant"), ("user", "assistant"), ("assistant",)):
-        marked = [_close(turn, number) if roles is None or turn["role"] in roles else turn for number, turn in enumerate(messages)]
+        marked = [
+            _close(turn, number) if roles is None or turn["role"] in roles else turn for number, turn in enumerate(messages)
+        ]
         try:
             full = render(marked, False)
         except TemplateRefusal:

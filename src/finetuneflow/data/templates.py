@@ -118,7 +118,9 @@ class Template:
         """For templates whose generation prompt is not what they write before answers: a short answer, rendered and cut off."""
         located = self.locate([*messages, _ANSWER], tools)
         if not located.answers or located.answers[-1].message != located.turns - 1:
-            raise SpansNotFound("TEMPLATE_NO_SPANS", f"The template {self.name!r} gives no place for an answer to these messages.")
+            raise SpansNotFound(
+                "TEMPLATE_NO_SPANS", f"The template {self.name!r} gives no place for an answer to these messages."
+            )
         return self._ids_before_answer(located.text[: located.answers[-1].start])
 
     def _ids_before_answer(self, prompt: str) -> list[int]:
@@ -208,7 +210,10 @@ def _protect_values(value: Any, encoder: Encoder, *, assistant: bool = False) ->
     if isinstance(value, str):
         return _safe(value, encoder, assistant)
     if isinstance(value, dict):
-        return {_safe(str(key), encoder, assistant): _protect_values(item, encoder, assistant=assistant) for key, item in value.items()}
+        return {
+            _safe(str(key), encoder, assistant): _protect_values(item, encoder, assistant=assistant)
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [_protect_values(item, encoder, assistant=assistant) for item in value]
     return value
@@ -266,7 +271,9 @@ def resolve_template(tokenizer: Any, name: str = "auto", *, consent: bool = Fals
     if name in ("auto", "own") and own is not None:
         return _bind(tokenizer, "tokenizer's own", "tokenizer", own, today, ())
     if name == "own":
-        raise DataError("TEMPLATE_UNKNOWN", "This tokenizer has no chat template of its own.", remedy="Set template: auto or a built-in name.")
+        raise DataError(
+            "TEMPLATE_UNKNOWN", "This tokenizer has no chat template of its own.", remedy="Set template: auto or a built-in name."
+        )
     if name == "auto":
         note = "The tokenizer has no chat template (a base model); the plain form `User: … / Assistant: …` is used."
         return _bind(tokenizer, "plain", "built-in", BUILT_IN["plain"], today, (note,))
@@ -420,18 +427,22 @@ def _notes(template: Template) -> list[str]:
     if template.anatomy.header:
         notes.append("The template writes a header before answers but has no generation prompt; inference adds the header.")
     if not template.anatomy.exact:
-        notes.append("The generation prompt differs in white space or beyond from what stands before answers; inference follows the answers.")
+        notes.append(
+            "The generation prompt differs in white space or beyond from what stands before answers; inference follows the answers."
+        )
     return notes
 
 
 def _writes_other_text(tokenizer: Any, own: str, chosen: Template, today: date) -> bool:
     """Whether two templates differ on a short and a longer conversation (compared as text, not as source)."""
     render = _Renderer(CompiledTemplate(own, "tokenizer's own", today), _special_tokens(tokenizer), [])
-    turns: list[Turn] = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "R"}]
+    turns: list[Turn] = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "R"},
+    ]
     mine = _Renderer(chosen._compiled, chosen._variables, [])
     try:
         return any(render(turns[:count], count != 2) != mine(turns[:count], count != 2) for count in (1, 2, 3))
     except TemplateRefusal:
         return True
-
-

@@ -194,7 +194,9 @@ def measure(examples: Iterable[Example], template: Template, policy: Policy = Po
 
 def _check(policy: Policy) -> None:
     if policy.max_length < 2:
-        raise DataError("CONFIG_INVALID_VALUE", f"max_length is {policy.max_length}; a row needs at least 2 tokens.", where="max_length")
+        raise DataError(
+            "CONFIG_INVALID_VALUE", f"max_length is {policy.max_length}; a row needs at least 2 tokens.", where="max_length"
+        )
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -352,7 +354,9 @@ def _fit(row: Tokens, source: _Source, template: Template, policy: Policy) -> li
         return [row]
     if policy.overlong == "drop":
         found = f"{len(row.ids):,} tokens, {row.supervised:,} of them in answers"
-        return _problem(source.example, "ROW_TOO_LONG", found, f"Raise max_length above {policy.max_length:,}, or cut or split long rows.")
+        return _problem(
+            source.example, "ROW_TOO_LONG", found, f"Raise max_length above {policy.max_length:,}, or cut or split long rows."
+        )
     if policy.overlong == "split":
         return _windows(row, template, policy) if source.located is None else _split(row, source, template, policy)
     return _cut(row, source, template, policy)
@@ -380,7 +384,9 @@ def _cut(row: Tokens, source: _Source, template: Template, policy: Policy) -> li
     if newest is not None:
         return [newest]
     found = f"a prompt of {row.labels.index(next(x for x in row.labels if x != MASKED)):,} tokens before the first answer"
-    return _problem(source.example, "ROW_NO_ANSWER_LEFT", found, f"Raise max_length above {policy.max_length:,}, or shorten the prompt.")
+    return _problem(
+        source.example, "ROW_NO_ANSWER_LEFT", found, f"Raise max_length above {policy.max_length:,}, or shorten the prompt."
+    )
 
 
 def _newest_that_fit(row: Tokens, source: _Source, template: Template, policy: Policy) -> Tokens | None:
@@ -397,7 +403,9 @@ def _newest_that_fit(row: Tokens, source: _Source, template: Template, policy: P
                 continue
             whole = _truncate(whole, policy.max_length)
         if whole.supervised:
-            return replace(whole, lost_tokens=len(row.ids) - len(whole.ids), lost_answer_tokens=max(0, row.supervised - whole.supervised))
+            return replace(
+                whole, lost_tokens=len(row.ids) - len(whole.ids), lost_answer_tokens=max(0, row.supervised - whole.supervised)
+            )
     return None
 
 
@@ -499,14 +507,22 @@ def audit(rows: TokenizeStats | Iterable[Tokens], template: Template) -> list[Au
     findings = [AuditFinding("TEMPLATE_NOTE", note) for note in template.notes]
     if stats.dropped:
         reasons = ", ".join(f"{code} {count:,}" for code, count in stats.problems.most_common())
-        findings.append(AuditFinding("ROWS_DROPPED", f"{stats.dropped:,} of {stats.examples:,} examples are left out ({reasons})."))
+        findings.append(
+            AuditFinding("ROWS_DROPPED", f"{stats.dropped:,} of {stats.examples:,} examples are left out ({reasons}).")
+        )
     if stats.lost_answer_tokens:
         share = stats.lost_answer_tokens / (stats.supervised + stats.lost_answer_tokens)
         findings.append(
-            AuditFinding("ANSWERS_CUT", f"{stats.cut:,} rows are cut; {stats.lost_answer_tokens:,} answer tokens ({share:.1%}) are lost.")
+            AuditFinding(
+                "ANSWERS_CUT", f"{stats.cut:,} rows are cut; {stats.lost_answer_tokens:,} answer tokens ({share:.1%}) are lost."
+            )
         )
     if stats.unlocated_turns:
-        findings.append(AuditFinding("TURNS_UNLOCATED", f"{stats.unlocated_turns:,} assistant turns are empty or could not be found; they are masked."))
+        findings.append(
+            AuditFinding(
+                "TURNS_UNLOCATED", f"{stats.unlocated_turns:,} assistant turns are empty or could not be found; they are masked."
+            )
+        )
     return findings
 
 

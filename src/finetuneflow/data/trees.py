@@ -10,7 +10,6 @@ from typing import Any
 
 from finetuneflow.data.examples import Place
 
-
 MAX_TREE_MESSAGES = 10_000  # what flat rows may hold in memory; real trees have some dozens
 
 

@@ -9,6 +9,7 @@ A killed evaluation, started again, takes the answers that are there and ends th
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -224,10 +225,8 @@ def _item(question: Question, answer: Generation) -> AnsweredItem:
 
 
 def _count_codes(problems: Sequence[Problem]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for problem in problems:
-        counts[problem.code] = counts.get(problem.code, 0) + 1
-    return counts
+    """Rows per code; a row left out of the loss and of the questions for the same reason counts once."""
+    return dict(Counter(code for _, code in dict.fromkeys((problem.place, problem.code) for problem in problems)))
 
 
 def sample_answers(generator: Generator, examples: Sequence[Example], *, count: int = 5, max_new_tokens: int = 128) -> list[Sample]:

@@ -17,13 +17,12 @@ from finetuneflow.export.plot import plot_loss
 from finetuneflow.export.record import RunRecord, read_run, require_weights
 from finetuneflow.export.redact import Redactor
 from finetuneflow.export.report import write_report
-from finetuneflow.export.verify import Check, require_passed
+from finetuneflow.export.verify import Check, Dtype, require_passed
 from finetuneflow.workspace import lock_owner
 
 Target = Literal["adapter", "merged", "zip"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-__all__ = ["Check", "ExportResult", "ExportedFile", "Target", "export", "plot_loss", "write_report"]
+__all__ = ["Check", "Dtype", "ExportResult", "ExportedFile", "Target", "export", "plot_loss", "write_report"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,24 +67,13 @@ def staged(exports_dir: Path, name: str, *, overwrite: bool) -> Iterator[Path]:
         with translate_os_errors(exports_dir):
             stage = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=exports_dir))
         try:
-            with translate_os_errors(stage), _as_os_errors():
+            with translate_os_errors(stage):
                 yield stage
                 _settle(stage)
                 _publish(stage, target)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
-
-
-@contextlib.contextmanager
-def _as_os_errors() -> Iterator[None]:
-    """The safetensors library reports a full disk in an error of its own, as text: give it back its number."""
-    try:
-        yield
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", str(error))):
-            raise OSError(int(number.group(1)), os.strerror(int(number.group(1)))) from error
-        raise
 
 
 def check_export_name(name: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 from finetuneflow.errors import ExportError
 from finetuneflow.export.package import DOCUMENT_BYTES, copy_tokenizer, folder_bytes
@@ -30,6 +30,7 @@ from finetuneflow.export.verify import (
     EXACT_TOLERANCE,
     Answers,
     Check,
+    Dtype,
     greedy_answers,
     judge,
     sequence_logits,
@@ -38,7 +39,6 @@ from finetuneflow.export.verify import (
 )
 from finetuneflow.workspace import require_free_bytes
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MODEL_DOCUMENTS = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 

@@ -18,16 +18,18 @@ and e that of the difference, both over all positions; "error" is e / r. An expo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetuneflow.data.examples import Message
 from finetuneflow.errors import ExportError
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # how merged weights are stored; "auto": as the base's own files
 EXACT_TOLERANCE = 1e-4
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 DECIDED_BY = 8.0
@@ -126,7 +128,7 @@ def greedy_answers(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[tuple[
 
     settings: Any = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=None)  # type: ignore[no-untyped-call]
     found = []
-    with torch.no_grad(), _own_settings(model, settings):
+    with torch.no_grad(), _generating_by(model, settings):
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=model.device)
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
@@ -134,19 +136,16 @@ def greedy_answers(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[tuple[
     return tuple(found)
 
 
-class _own_settings:
-    """Put a model's generation settings aside: `generate` would fill ours up with its repetition penalty and end tokens."""
-
-    def __init__(self, model: Any, settings: Any) -> None:
-        self.owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.settings = settings
-
-    def __enter__(self) -> None:
-        self.before = self.owner.generation_config
-        self.owner.generation_config = self.settings
-
-    def __exit__(self, *_: object) -> None:
-        self.owner.generation_config = self.before
+@contextlib.contextmanager
+def _generating_by(model: Any, settings: Any) -> Iterator[None]:
+    """Put a model's own generation settings aside: `generate` would fill ours up with its repetition penalty and end tokens."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = owner.generation_config
+    owner.generation_config = settings
+    try:
+        yield
+    finally:
+        owner.generation_config = before
 
 
 def sequence_logits(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Any, ...]:

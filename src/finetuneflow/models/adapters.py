@@ -97,7 +97,7 @@ def attach_adapter(model: Any, spec: AdapterSpec, *, base_revision: str | None =
         ) from error
     # Left to itself, PEFT asks the hub for the base's vocabulary size at every save, each checkpoint included, to find
     # out whether the embedding was resized. It never is here, and a trained one is saved through modules_to_save.
-    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
     require_trainable(adapted)
     return adapted
 

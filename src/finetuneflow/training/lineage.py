@@ -13,6 +13,7 @@ from typing import Any
 
 import finetuneflow
 from finetuneflow.config import RunConfig
+from finetuneflow.hardware import probe
 from finetuneflow.training.setup import Setup
 from finetuneflow.workspace import source_digest
 
@@ -41,6 +42,7 @@ def environment(setup: Setup) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions(),
+        "hardware": probe(ask_torch=False).to_dict(),
         "setup": setup.to_dict(),
     }
 

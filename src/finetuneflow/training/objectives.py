@@ -58,6 +58,7 @@ class Materials:
     template: Any
     tokenizer_digest: str
     base_digest: str
+    base_commit: str | None  # of a hub model
 
     def save_tokenizer(self, run_dir: Path) -> None:
         """Keep the tokenizer with the template the run was trained with, so that inference renders the same."""
@@ -103,7 +104,7 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
     )
     tokenizer_digest = sha256_json([tokenizer.backend_tokenizer.to_str(), sorted(map(str, tokenizer.special_tokens_map.items()))])
     prepared = prepare(recipe, tokenizer_digest, template, workspace.cache_dir / "tokens", emit)
-    return Materials(prepared, tokenizer, template, tokenizer_digest, snapshot.digest)
+    return Materials(prepared, tokenizer, template, tokenizer_digest, snapshot.digest, snapshot.commit if snapshot.from_hub else None)
 
 
 def model_source(config: RunConfig) -> Any:
@@ -115,7 +116,7 @@ def model_source(config: RunConfig) -> Any:
 # --- the model --------------------------------------------------------------------------------------
 
 
-def load_model(config: RunConfig, setup: Setup, emit: Emit) -> Any:
+def load_model(config: RunConfig, setup: Setup, base_commit: str | None, emit: Emit) -> Any:
     """The base model with a fresh adapter (or unfrozen, for full fine-tuning), on its device."""
     import torch
     from transformers import set_seed
@@ -144,7 +145,7 @@ def load_model(config: RunConfig, setup: Setup, emit: Emit) -> Any:
         num_virtual_tokens=method.num_virtual_tokens,
     )
     set_seed(config.training.seed)  # initial adapter weights depend on the seed alone, not on what ran before
-    model = attach_adapter(loaded.model, spec, base_revision=loaded.facts.commit if config.model.revision else None)
+    model = attach_adapter(loaded.model, spec, base_revision=base_commit)
     model.config.use_cache = False  # keys and values of past tokens are of no use in training
     return model
 
@@ -227,7 +228,7 @@ def _train_once(
     from finetuneflow.training.trainer import PROGRESS_FILE
 
     emit("phase", name="loading")
-    model = load_model(config, setup, emit)
+    model = load_model(config, setup, materials.base_commit, emit)
     progress = Progress(on_saving=lambda step: emit("phase", name="saving", step=step))
     if start:
         progress.load_state(json.loads((start.path / PROGRESS_FILE).read_text()))
@@ -469,7 +470,7 @@ def measure(config: RunConfig, outcome: Outcome, materials: Materials, run_dir: 
         for sample in found["inference_samples"]:
             emit("sample", step=outcome.step, **sample)
     if settings.suite:
-        result = run_suite(generator, load_suite(suite_path(settings.suite)))
+        result = run_suite(generator, load_suite(settings.suite))
         write_json(run_dir / "evals" / "after-training.json", result.to_dict())
         found |= {"suite": result.suite, "suite_pass_share": result.pass_share, "suite_prompts": len(result.items)}
     return found
@@ -480,11 +481,4 @@ def require_suite(config: RunConfig) -> None:
     from finetuneflow.evaluation.suite import load_suite
 
     if config.evaluation.suite:
-        load_suite(suite_path(config.evaluation.suite))
-
-
-def suite_path(name: str) -> Path:
-    """`starter` is the bundled acceptance suite; anything else is a file."""
-    from finetuneflow.models.starter import starter_path
-
-    return starter_path() / "acceptance.yaml" if name == "starter" else Path(name)
+        load_suite(config.evaluation.suite)

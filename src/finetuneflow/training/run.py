@@ -48,6 +48,7 @@ def train(
 ) -> RunResult:
     """Run `config` in a new run directory of `workspace`. Events go to its file and to every sink."""
     require_runnable(config)
+    config = config.with_absolute_paths()
     workspace = workspace or Workspace()
     run_dir = workspace.new_run_dir(config.name)
     write_atomic(run_dir / "run.yaml", dump_config(config, origins or {}))
