@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finetuneflow.config import RunConfig as RunConfig
     from finetuneflow.config import build_config as build_config
     from finetuneflow.config import load_config as load_config
-    from finetuneflow.data.quality import inspect_files as check_data
+    from finetuneflow.data.quality import inspect_files as check_data  # noqa: F401 - a public name of this package
     from finetuneflow.errors import FineTuneFlowError as FineTuneFlowError
     from finetuneflow.evaluation.compare import compare as compare
     from finetuneflow.evaluation.measure import evaluate as evaluate

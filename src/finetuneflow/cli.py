@@ -49,6 +49,8 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting
 Files = Annotated[list[Path], typer.Argument(help="Dataset files of any common format, also .gz or .zst.")]
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Count tokens as this model does: `starter`, a folder or a hub id.")]
 MapOption = Annotated[list[str] | None, typer.Option("--map", help="A column by name: prompt=question. Repeatable. Parts: prompt, answer, system, context, messages, text, chosen, rejected, label, group.")]
+EncodingOption = Annotated[str | None, typer.Option("--encoding", help="Text encoding of the files. [default: detected]", show_default=False)]
+TreePaths = Annotated[str, typer.Option("--tree-paths", help="Of a conversation tree: best path, or all.")]
 TemplateOption = Annotated[str, typer.Option("--template", help="Chat template: auto, a built-in name, or a .jinja file.")]
 Supervised = Annotated[str, typer.Option("--supervise", help="What enters the loss: assistant, last or all.")]
 
@@ -61,6 +63,8 @@ def data_check(
     supervise: Supervised = "assistant",
     max_length: Annotated[int, typer.Option(help="Tokens per example at most (with --model).", min=2)] = 2048,
     map_: MapOption = None,
+    encoding: EncodingOption = None,
+    tree_paths: TreePaths = "best",
     near_duplicates: Annotated[bool, typer.Option("--near-duplicates/--no-near-duplicates", help="Look for nearly equal examples too.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -69,7 +73,15 @@ def data_check(
     from finetuneflow.terminal import print_json
 
     measure = _measure_with(model, template, supervise, max_length) if model else None
-    reports = inspect_files(files, mapping=_mapping(map_), measure=measure, max_length=max_length if model else None, near_duplicates=near_duplicates)
+    reports = inspect_files(
+        files,
+        mapping=_mapping(map_),
+        tree_paths=_tree_paths(tree_paths),
+        measure=measure,
+        max_length=max_length if model else None,
+        near_duplicates=near_duplicates,
+        encoding=encoding,
+    )
     if as_json:
         print_json([report.to_json() for report in reports])
     else:
@@ -86,6 +98,8 @@ def data_convert(
     files: Files,
     out: Annotated[Path, typer.Option("--out", "-o", help="The canonical JSONL file to write.")],
     map_: MapOption = None,
+    encoding: EncodingOption = None,
+    tree_paths: TreePaths = "best",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -100,7 +114,8 @@ def data_convert(
     if out.exists() and not overwrite:
         raise StorageError("STORAGE_EXISTS", f"{out} exists already.", remedy="Choose another name, or add --overwrite.")
     problems = out.with_name(f"{out.stem}.problems.jsonl")
-    items = chain.from_iterable(to_examples(read_rows(file), _mapping(map_)) for file in files)
+    mapping, paths = _mapping(map_), _tree_paths(tree_paths)
+    items = chain.from_iterable(to_examples(read_rows(file, encoding=encoding), mapping, tree_paths=paths) for file in files)
     written, rejected = write_canonical(items, out, problems_path=problems)
     if as_json:
         print_json({"out": str(out), "examples": written, "problems": str(problems), "rejected": rejected})
@@ -120,6 +135,7 @@ def data_preview(
     skip: Annotated[int, typer.Option(help="Examples to pass over first.", min=0)] = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Write a web page instead of printing.")] = None,
     map_: MapOption = None,
+    encoding: EncodingOption = None,
     as_json: Json = False,
 ) -> None:
     """Show what the model will see: every token, and which of them enter the loss."""
@@ -132,7 +148,7 @@ def data_preview(
     from finetuneflow.workspace import write_atomic
 
     chosen, policy = _template_and_policy(model, template, supervise, max_length, overlong)
-    examples = (item for item in to_examples(read_rows(file), _mapping(map_)) if not isinstance(item, Problem))
+    examples = (item for item in to_examples(read_rows(file, encoding=encoding), _mapping(map_)) if not isinstance(item, Problem))
     shown = preview(islice(examples, skip, skip + rows), chosen, policy)
     if as_json:
         print_json(to_json(shown))
@@ -141,6 +157,12 @@ def data_preview(
         console.print(f"Wrote {html}", markup=False)
     else:
         console.print(to_terminal(shown))
+
+
+def _tree_paths(text: str) -> Any:
+    if text not in ("best", "all"):
+        raise ConfigError("CONFIG_INVALID_VALUE", f"--tree-paths {text!r} is not one of best, all.")
+    return text
 
 
 def _mapping(pairs: list[str] | None) -> Any:

@@ -54,6 +54,8 @@ class Data(Section):
     eval_fraction: float = Field(0.1, ge=0.0, le=0.5, description="Share held out when no evaluation file is given; 0 turns evaluation off.")
     mapping: dict[str, str] = Field(default_factory=dict, description="Columns by name for a shape that is not recognised: prompt, answer, system, context, text, messages, …")
     eval_limit: int = Field(1000, ge=1, description="Examples held out at most, whatever the share: more would cost time and hardly sharpen the figure.")
+    tree_paths: Literal["best", "all"] = Field("best", description="Of a conversation tree: the best-ranked path, or every path as an example of its own.")
+    encoding: str | None = Field(None, description="Text encoding of the files; null: detected.")
     limit: int | None = Field(None, ge=1, description="Use only this many examples, the first usable ones in file order.")
     reject_threshold: float = Field(0.1, ge=0.0, le=1.0, description="Share of unusable rows above which the run does not start.")
     template: str = Field("auto", description="Chat template: `auto` (the tokenizer's own, else `plain`), a built-in name, or a .jinja file.")
@@ -174,7 +176,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not supported", event.start_mark)
         return super().compose_node(parent, index)
 

@@ -124,7 +124,7 @@ def _heading(number: int, text: str) -> str:
 def _answers(answers: dict[str, Any]) -> Any:
     """Some questions with both answers, one per tag, so that each kind is seen."""
     seen: set[str] = set()
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for before, after in zip(answers["base"].items, answers["tuned"].items, strict=True):
         kind = " ".join(after.tags)
         if kind not in seen and len(rows) < SHOWN_ANSWERS:

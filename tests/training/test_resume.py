@@ -150,7 +150,8 @@ def overfitting(bench: Bench) -> dict[str, Any]:
     return {
         "data__eval": [str(held_out)],
         "training__max_steps": 40,
-        "training__learning_rate": 0.1,
+        "training__learning_rate": 0.02,
+        "method__modules_to_save": ["lm_head"],
         "training__scheduler": "constant",
         "training__warmup_ratio": 0.0,
         "training__eval_steps": 2,

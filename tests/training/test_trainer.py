@@ -54,7 +54,7 @@ class Prepared:
         setup = choose_setup(self.config)
         torch.set_num_threads(1)
         self.materials = objectives.load_materials(self.config, bench.workspace, self.emit)
-        self.model = objectives.load_model(self.config, setup, self.emit)
+        self.model = objectives.load_model(self.config, setup, None, self.emit)
         evaluates = self.materials.prepared.eval is not None
         monitor = Monitor(self.emit, Progress(), self.config.training, run_dir, evaluates=evaluates)
         self.trainer = objectives.build_trainer(self.config, self.config.training, setup, self.materials, self.model, monitor, run_dir)
@@ -281,11 +281,11 @@ def test_a_run_follows_a_training_loop_written_out_by_hand(bench: Bench) -> None
 
 
 # Loss at steps 1, 5, 10, 15 and 20 of a LoRA run on the bench, as measured when this was written.
-GOLDEN = {1: 6.2, 5: 6.0, 10: 5.0, 15: 4.0, 20: 3.5}
+GOLDEN = {1: 6.27255, 5: 5.87004, 10: 5.08164, 15: 4.57716, 20: 4.48592}
 
 
 def test_the_loss_curve_is_the_pinned_one(bench: Bench) -> None:
-    run = bench.train(training__max_steps=20, training__log_steps=1, training__learning_rate=0.02, method__dropout=0.0, training__eval_steps=1000)
+    run = bench.train(training__max_steps=20, training__log_steps=1, training__eval_steps=1000, method__dropout=0.0,
+                      method__modules_to_save=["lm_head"])  # fmt: skip
     curve = {line["step"]: line["loss"] for line in run.metrics["train_loss_curve"]}
-    print(curve)
     assert {step: curve[step] for step in GOLDEN} == pytest.approx(GOLDEN, rel=2e-3)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -42,6 +42,8 @@ class Recipe:
     eval_fraction: float = 0.1
     eval_limit: int = 1000
     mapping: dict[str, str] = field(default_factory=dict)
+    tree_paths: Literal["best", "all"] = "best"
+    encoding: str | None = None
     limit: int | None = None
     reject_threshold: float = 0.1
     takes: frozenset[Kind] = frozenset({"chat", "text"})
@@ -170,7 +172,7 @@ def _read(names: Sequence[str], recipe: Recipe) -> _Read:
     found = _Read(names)
     mapping = Mapping(**recipe.mapping) if recipe.mapping else None
     for name in names:
-        for item in to_examples(read_rows(Path(name)), mapping):
+        for item in to_examples(read_rows(Path(name), encoding=recipe.encoding), mapping, tree_paths=recipe.tree_paths):
             if isinstance(item, Problem):
                 found.problems.append(item)
             elif item.kind in recipe.takes:

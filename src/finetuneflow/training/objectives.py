@@ -96,6 +96,8 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
         eval_fraction=data.eval_fraction,
         eval_limit=data.eval_limit,
         mapping=dict(data.mapping),
+        tree_paths=data.tree_paths,
+        encoding=data.encoding,
         limit=data.limit,
         reject_threshold=data.reject_threshold,
         takes=objective.takes,

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 SPEED_WINDOW = 50  # optimizer steps the speed and the remaining time are taken over
@@ -103,6 +104,14 @@ class Progress:
 
 
 def peak_resident_bytes() -> int:
-    """Highest resident memory of this process so far (Linux counts in KiB, macOS in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Highest resident memory of this process so far.
+
+    Linux tells it per program (`VmHWM`); `getrusage` there also counts what the process that started us had.
+    Elsewhere `getrusage` is all there is (macOS counts bytes, others KiB).
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -21,7 +21,7 @@ from random import Random
 from finetuneflow.models.starter import world
 from finetuneflow.models.starter.world import Country, Language, Person, Phrase
 
-NUM_READING_DOCUMENTS = 25_000
+NUM_READING_DOCUMENTS = 5_000
 
 Templates = dict[Language, tuple[str, ...]]
 Maker = Callable[[Random, Language], str]
@@ -827,7 +827,7 @@ _WEIGHTS: dict[Maker, float] = {
     _sums: 9,
     _name_recall: 4,
     _speaker_recall: 6,
-    _copying: 16,
+    _copying: 12,
     _owners_recall: 2,
     _story: 4,
     _dialogue: 5,
