@@ -123,14 +123,21 @@ def translate_os_errors(path: Path, *, needed_bytes: int | None = None) -> Itera
         raise
 
 
+# torch ("PytorchStreamWriter failed writing file", "unexpected pos") and safetensors ("(os error 28)": no space,
+# 27: file too large, 122: quota) report a full disk in errors of their own, as text.
+FULL_DISK_SIGNS = ("failed writing file", "file write failed", "unexpected pos", "(os error 28)", "(os error 27)", "(os error 122)")
+
+
 @contextlib.contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """The safetensors library reports a full disk in an error of its own, as text: give it back its number."""
+    """Give a full disk that a library tells in words its number back."""
     try:
         yield
+    except (OSError, StorageError):
+        raise
     except Exception as error:
-        if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", str(error))):
-            raise OSError(int(number.group(1)), os.strerror(int(number.group(1)))) from error
+        if any(sign in str(error) for sign in FULL_DISK_SIGNS):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
 
 

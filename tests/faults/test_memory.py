@@ -72,11 +72,11 @@ def test_trying_the_longest_rows_leaves_no_trace(bench: Bench) -> None:
 
 
 def test_memory_that_runs_out_late_costs_no_more_than_the_steps_since_the_checkpoint(bench: Bench, scarce: Callable[..., None]) -> None:
+    configured = bench.train(training__log_steps=1, method__dropout=0.0)
     scarce(1, from_step=6)
     run = bench.train(training__oom="retry", training__log_steps=1, method__dropout=0.0)
     steps = [event["step"] for event in bench.seen("log")]
     assert steps == [1, 2, 3, 4, 5, 6, *range(5, 13)], "it goes on from the checkpoint of step 4"
-    configured = bench.train(training__log_steps=1, method__dropout=0.0)
     ours, theirs = lines(run.run_dir), lines(configured.run_dir)
     assert [line[3] for line in ours[:12]] == pytest.approx([line[3] for line in theirs[:12]], abs=1e-4)
     assert weights(run.run_dir).keys() == weights(configured.run_dir).keys()

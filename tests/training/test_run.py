@@ -37,11 +37,12 @@ def test_a_run_directory_holds_everything_that_the_run_was(bench: Bench, with_re
     assert all(find_damage(checkpoint.path) is None for checkpoint in list_complete(result.run_dir / "checkpoints"))
 
 
-def test_the_adapter_names_its_base_as_the_user_did_and_holds_no_pickle(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(bench.base.parent)
-    bench.base = Path("base")
+def test_the_adapter_names_its_base_so_that_it_is_found_from_any_folder_and_holds_no_pickle(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = bench.base
+    monkeypatch.chdir(base.parent)
+    bench.base = Path(base.name)
     adapter = bench.train().run_dir / "adapter"
-    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 

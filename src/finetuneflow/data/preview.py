@@ -390,7 +390,7 @@ mark.run::before,mark.run::after{color:var(--learn);font-weight:700}
 mark.run::before{content:"▸"}mark.run::after{content:"◂"}
 .masked{color:var(--soft)}
 .text .masked b,.legend .masked b{background:repeating-linear-gradient(135deg,var(--stripe) 0 2px,transparent 2px 9px);border-bottom:2px dotted var(--soft)}
-b.x{border:1.5px solid var(--box);background:var(--box-bg)!important;color:var(--box)!important;font-weight:600;font-size:.86em;padding:.08em .3em;margin:0 .1em;
+b.x{display:inline-block;line-height:1.35;border:1.5px solid var(--box);background:var(--box-bg)!important;color:var(--box)!important;font-weight:600;font-size:.86em;padding:.08em .3em;margin:0 .1em;
 border-radius:.35rem}
 .text b:hover{outline:2px solid var(--ink);z-index:2}
 .text b:hover::after{content:"id " attr(data-id) "\\A" attr(data-name) "\\A" attr(data-at);white-space:pre;position:absolute;left:0;top:calc(100% + .35rem);z-index:3;

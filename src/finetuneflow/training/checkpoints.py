@@ -13,17 +13,16 @@ run wrote.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuneflow.errors import FineTuneFlowError, ResumeError
-from finetuneflow.workspace import disk_full, require_free_bytes, sha256_file, sync_directory, translate_os_errors, write_json
+from finetuneflow.errors import ResumeError
+from finetuneflow.workspace import require_free_bytes, sha256_file, sync_directory, translate_os_errors, write_json
 
 MARKER = "complete.json"
 STEP_PATTERN = re.compile(r"step-(\d{6,})")
@@ -59,7 +58,7 @@ def write_checkpoint(root: Path, step: int, save: Callable[[Path], None], *, eve
     shutil.rmtree(temporary, ignore_errors=True)
     require_free_bytes(root, _size_of_newest(root))
     try:
-        with translate_write_errors(temporary):
+        with translate_os_errors(temporary):
             temporary.mkdir(parents=True)
             save(temporary)
             event()
@@ -77,24 +76,6 @@ def write_checkpoint(root: Path, step: int, save: Callable[[Path], None], *, eve
         shutil.rmtree(temporary, ignore_errors=True)  # free the space a failed checkpoint took
         raise
     return Checkpoint(step, final)
-
-
-@contextlib.contextmanager
-def translate_write_errors(path: Path) -> Iterator[None]:
-    """`translate_os_errors`, also for torch and safetensors, which report a full disk in errors of their own."""
-    try:
-        with translate_os_errors(path):
-            yield
-    except FineTuneFlowError:
-        raise
-    except Exception as error:
-        if any(sign in str(error) for sign in FULL_DISK_SIGNS):
-            raise disk_full(path) from error
-        raise
-
-
-# "PytorchStreamWriter failed writing file", "unexpected pos" (torch); "(os error 28)" no space, 27 file too large, 122 quota (Rust)
-FULL_DISK_SIGNS = ("failed writing file", "file write failed", "unexpected pos", "os error 28", "os error 27", "os error 122")
 
 
 def _size_of_newest(root: Path) -> int:

@@ -26,7 +26,7 @@ from finetuneflow.data.tokens import Policy, Supervise
 from finetuneflow.errors import FineTuneFlowError, ResumeError, TrainingError
 from finetuneflow.events import Emit
 from finetuneflow.training.callbacks import Monitor, memory_now
-from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage, find_valid, translate_write_errors
+from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage, find_valid
 from finetuneflow.training.progress import Progress
 from finetuneflow.training.setup import Setup
 from finetuneflow.workspace import Workspace, require_free_bytes, sha256_json, translate_os_errors, write_json
@@ -231,7 +231,7 @@ def _train_once(
 
     emit("phase", name="loading")
     model = load_model(config, setup, materials.base_commit, emit)
-    progress = Progress(on_saving=lambda step: emit("phase", name="saving", step=step))
+    progress = Progress(on_saving=lambda step: _say_saving(emit, step))
     if start:
         progress.load_state(json.loads((start.path / PROGRESS_FILE).read_text()))
     monitor = Monitor(emit, progress, training, run_dir, evaluates=materials.prepared.eval is not None)
@@ -257,6 +257,10 @@ def _train_once(
         trainable_parameters=counts.trainable,
         total_parameters=counts.total,
     )
+
+
+def _say_saving(emit: Emit, step: int) -> None:
+    emit("phase", name="saving", step=step)
 
 
 # Our names -> transformers' names, where they differ.
@@ -437,7 +441,7 @@ def save_result(config: RunConfig, outcome: Outcome, materials: Materials, run_d
     target = run_dir / ("adapter" if config.method.is_adapter else "model")
     temporary = run_dir / f".{target.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    with translate_write_errors(temporary):
+    with translate_os_errors(temporary):
         if config.method.is_adapter:
             for adapter in outcome.model.peft_config.values():
                 adapter.base_model_name_or_path = config.model.base  # not the folder of this machine's cache

@@ -5,7 +5,9 @@ Each substitution is returned as a `Decision`, so that it can be shown, logged a
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from finetuneflow.config import RunConfig
@@ -167,7 +169,9 @@ def _choose_threads(config: RunConfig, device: str, earlier: int | None, decisio
         return torch.get_num_threads()
     from finetuneflow.hardware import measure_threads
 
-    choice = measure_threads()
+    # Small models gain little from a second thread, large ones much: calibrate with products of the run's own size.
+    tokens = min(config.training.batch_size * config.data.max_length, CALIBRATION_TOKENS)
+    choice = measure_threads(hidden=_hidden_size(config), tokens=tokens)
     decisions.append(Decision("training.threads", choice.threads, choice.reason))
     return choice.threads
 
@@ -179,3 +183,19 @@ def apply_setup(setup: Setup, *, seed: int) -> None:
 
     torch.set_num_threads(setup.threads)
     set_seed(seed)
+
+
+CALIBRATION_TOKENS = 1024
+TYPICAL_HIDDEN_SIZE = 1024
+
+
+def _hidden_size(config: RunConfig) -> int:
+    """The base model's width, where its config lies on this disk; a typical one where it is still to be downloaded."""
+    from finetuneflow.models.starter import starter_path
+
+    folder = starter_path() if config.model.base == "starter" else Path(config.model.base)
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return TYPICAL_HIDDEN_SIZE
+    return int(values.get("hidden_size") or values.get("n_embd") or values.get("d_model") or TYPICAL_HIDDEN_SIZE)

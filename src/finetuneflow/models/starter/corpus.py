@@ -22,6 +22,7 @@ from finetuneflow.models.starter import world
 from finetuneflow.models.starter.world import Country, Language, Person, Phrase
 
 NUM_READING_DOCUMENTS = 5_000
+NUM_FINGERPRINT_DOCUMENTS = 20_000
 
 Templates = dict[Language, tuple[str, ...]]
 Maker = Callable[[Random, Language], str]
@@ -39,7 +40,7 @@ def documents(seed: int) -> Iterator[str]:
         yield _typeset(rng, _with_capitals(maker(rng, language)))
 
 
-def fingerprint(seed: int, num_documents: int) -> str:
+def fingerprint(seed: int, num_documents: int = NUM_FINGERPRINT_DOCUMENTS) -> str:
     """SHA-256 of the first documents, to tell whether two corpora are the same bytes."""
     digest = hashlib.sha256()
     for document in islice(documents(seed), num_documents):

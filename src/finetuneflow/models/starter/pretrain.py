@@ -56,7 +56,6 @@ CHAT_TEMPLATE = """\
 
 EMBEDDING_SCALE = 0.25
 TOKENIZER_DOCUMENTS = 60_000
-FINGERPRINT_DOCUMENTS = 2_000
 SAVE_EVERY_STEPS = 250
 HELD_OUT_ROWS = 64
 HELD_OUT_SEED_OFFSET = 1_000_003
@@ -301,7 +300,7 @@ def pretrain(recipe: Recipe, out_dir: Path) -> Outcome:
         minutes=round((time.monotonic() - started) / 60, 1),
         training_loss=round(loss, 4),
         held_out_loss=round(held_out_loss(model, tokenizer, recipe.seed, recipe.row_tokens), 4),
-        corpus_sha256=fingerprint(recipe.seed, FINGERPRINT_DOCUMENTS),
+        corpus_sha256=fingerprint(recipe.seed),
     )
     save(model, tokenizer, out_dir)
     return outcome

@@ -1,0 +1,249 @@
+"""Preparing: tokens are made once, found again, and never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models.tiny import tiny_tokenizer
+
+from finetuneflow.data import prepare as preparing
+from finetuneflow.data.prepare import Prepared, Recipe, prepare
+from finetuneflow.data.templates import Template, resolve_template
+from finetuneflow.data.tokens import Policy
+from finetuneflow.errors import DataError, FineTuneFlowError
+
+
+class Kitchen:
+    """A folder with a data file and a cache; counts how often examples are tokenized."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self.cache = root / "cache"
+        self.template: Template = resolve_template(tiny_tokenizer(), "auto")
+        self.events: list[dict[str, Any]] = []
+        self.tokenized = 0
+        tokenize = preparing.tokenize_many
+
+        def counting(examples: Any, *args: Any, **kwargs: Any) -> Any:
+            for result in tokenize(examples, *args, **kwargs):
+                self.tokenized += 1
+                yield result
+
+        monkeypatch.setattr(preparing, "tokenize_many", counting)
+
+    def emit(self, name: str, /, **fields: Any) -> dict[str, Any]:
+        self.events.append({"event": name, **fields})
+        return self.events[-1]
+
+    def file(self, name: str, rows: list[Any]) -> str:
+        path = self.root / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    def cook(self, recipe: Recipe, *, tokenizer: str = "t", template: Template | None = None) -> Prepared:
+        self.events, self.tokenized = [], 0
+        return prepare(recipe, tokenizer, template or self.template, self.cache, self.emit)
+
+    def warnings(self) -> list[str]:
+        return [event["code"] for event in self.events if event["event"] == "warning"]
+
+
+@pytest.fixture
+def kitchen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kitchen:
+    return Kitchen(tmp_path, monkeypatch)
+
+
+def rows(count: int, *, start: int = 0) -> list[dict[str, str]]:
+    return [{"instruction": f"What is {n} plus {7 * n}? {'Think. ' * (n % 4)}", "output": f"It is {8 * n}."} for n in range(start, start + count)]
+
+
+@pytest.fixture
+def recipe(kitchen: Kitchen) -> Recipe:
+    return Recipe(train=(kitchen.file("sums.jsonl", rows(40)),))
+
+
+def test_a_second_preparation_finds_the_tokens_and_makes_none(kitchen: Kitchen, recipe: Recipe) -> None:
+    first = kitchen.cook(recipe)
+    assert kitchen.tokenized == 40
+    second = kitchen.cook(recipe)
+    assert kitchen.tokenized == 0 and second.digest == first.digest and second.manifest == first.manifest
+    assert second.train[:] == first.train[:] and second.eval is not None
+
+
+CHANGES: dict[str, Callable[[Kitchen, Recipe], Recipe]] = {
+    "content": lambda kitchen, recipe: replace(recipe, train=(kitchen.file("sums.jsonl", rows(39)),)),
+    "name of the file": lambda kitchen, recipe: replace(recipe, train=(kitchen.file("other.jsonl", rows(40)),)),
+    "evaluation file": lambda kitchen, recipe: replace(recipe, eval=(kitchen.file("held.jsonl", rows(5, start=90)),)),
+    "share": lambda kitchen, recipe: replace(recipe, eval_fraction=0.2),
+    "evaluation limit": lambda kitchen, recipe: replace(recipe, eval_limit=2),
+    "seed": lambda kitchen, recipe: replace(recipe, seed=7),
+    "limit": lambda kitchen, recipe: replace(recipe, limit=20),
+    "kinds": lambda kitchen, recipe: replace(recipe, takes=frozenset({"chat"})),
+    "length": lambda kitchen, recipe: replace(recipe, policy=Policy(max_length=100)),
+    "supervised": lambda kitchen, recipe: replace(recipe, policy=Policy(supervise="all")),
+    "mapping": lambda kitchen, recipe: replace(recipe, mapping={"prompt": "output", "answer": "instruction"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_shapes_the_tokens_gives_them_another_place(kitchen: Kitchen, recipe: Recipe, change: str) -> None:
+    before = kitchen.cook(recipe)
+    after = kitchen.cook(CHANGES[change](kitchen, recipe))
+    assert after.digest != before.digest and after.folder != before.folder and kitchen.tokenized > 0
+
+
+def test_another_tokenizer_template_or_version_of_our_code_gives_another_place(kitchen: Kitchen, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = {kitchen.cook(recipe).digest, kitchen.cook(recipe, tokenizer="u").digest}
+    digests.add(kitchen.cook(recipe, template=resolve_template(tiny_tokenizer(), "plain", consent=True)).digest)
+    monkeypatch.setattr(preparing, "source_digest", lambda *rooms: "newer")
+    digests.add(kitchen.cook(recipe).digest)
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "eval.arrow", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "delete"])
+def test_a_damaged_cache_is_made_again(kitchen: Kitchen, recipe: Recipe, name: str, damage: str) -> None:
+    first = kitchen.cook(recipe)
+    expected = first.train[:]
+    path = first.folder / name
+    data = path.read_bytes()
+    path.unlink()  # the first one keeps its mapping of the old file
+    if damage != "delete":
+        path.write_bytes(data[: len(data) // 2] if damage == "truncate" else b"")
+    assert kitchen.cook(recipe).train[:] == expected and kitchen.tokenized == 40
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_build_that_is_interrupted_leaves_nothing_that_is_taken_for_a_cache(kitchen: Kitchen, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "write_canonical", killed)
+        with pytest.raises(Killed):
+            kitchen.cook(recipe)
+    assert list(kitchen.cache.iterdir()) == []
+    assert len(kitchen.cook(recipe).train) == 36
+
+
+def test_what_a_killed_build_left_is_removed_and_that_of_a_living_one_is_not(kitchen: Kitchen, recipe: Recipe) -> None:
+    dead, alive = kitchen.cache / ".building-4194400-x", kitchen.cache / f".building-{os.getpid()}-y"
+    for folder in (dead, alive):
+        folder.mkdir(parents=True)
+        (folder / "train.arrow").write_bytes(b"half")
+    kitchen.cook(recipe)
+    assert not dead.exists() and alive.exists()
+
+
+def test_the_manifest_counts_what_is_there(kitchen: Kitchen) -> None:
+    bad = [{"instruction": "What?", "output": ""}, {"colour": "red"}, "{not json"]
+    name = kitchen.file("mixed.jsonl", [*rows(60), *bad])
+    prepared = kitchen.cook(Recipe(train=(name,)))
+    manifest, train, held_out = prepared.manifest, prepared.train, prepared.eval
+    assert manifest["train_examples"] + manifest["eval_examples"] == 60 and manifest["eval_examples"] == 6
+    assert (len(train), len(held_out)) == (manifest["train_rows"], manifest["eval_rows"]) == (54, 6)
+    assert sum(manifest["rejected"].values()) == 3 and len(manifest["rejected"]) == 3
+    tokens = sum(len(ids) for ids in train["input_ids"])
+    assert manifest["avg_tokens"] == pytest.approx(tokens / 54) and list(train["length"]) == [len(ids) for ids in train["input_ids"]]
+    supervised = sum(label != -100 for labels in train["labels"] for label in labels)
+    assert manifest["supervised_share"] == pytest.approx(supervised / tokens)
+    assert manifest["train"] == [{"file": name, "bytes": os.path.getsize(name), "sha256": _sha256(name)}]
+    problems = (prepared.folder / "problems.jsonl").read_text().splitlines()
+    assert len(problems) == 3
+
+
+def _sha256(name: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+
+
+def test_every_row_names_the_line_it_came_from(kitchen: Kitchen, recipe: Recipe) -> None:
+    prepared = kitchen.cook(replace(recipe, eval_fraction=0.0))
+    tokenizer = tiny_tokenizer()
+    for index in (0, 17, 39):
+        assert f"What is {index} plus {7 * index}?" in tokenizer.decode(prepared.train[index]["input_ids"])
+        assert "sums.jsonl" in prepared.place(index) and str(index + 1) in prepared.place(index)
+
+
+def test_the_tokens_are_those_of_the_tokenizers_own_template(kitchen: Kitchen, recipe: Recipe) -> None:
+    """Against transformers: same ids as `apply_chat_template`, and the labels are the answer with its end."""
+    prepared = kitchen.cook(replace(recipe, eval_fraction=0.0))
+    tokenizer = tiny_tokenizer()
+    for row, source in zip(prepared.train, rows(40), strict=True):
+        turns = [{"role": "user", "content": source["instruction"]}, {"role": "assistant", "content": source["output"]}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        # Whether a template's last line break and an instruction's own outer blanks stay is the template room's matter.
+        assert tokenizer.decode(row["input_ids"]).split() == text.split()
+        answer = tokenizer.decode([label for label in row["labels"] if label != -100])
+        assert answer.strip() == f"{source['output']}<|im_end|>"
+
+
+def test_given_evaluation_files_are_used_whole_and_leaks_are_told(kitchen: Kitchen, recipe: Recipe) -> None:
+    clean = kitchen.file("held.jsonl", rows(8, start=500))
+    prepared = kitchen.cook(replace(recipe, eval=(clean,)))
+    assert (len(prepared.train), len(prepared.eval)) == (40, 8) and "EVAL_LEAK" not in kitchen.warnings()
+    leaky = kitchen.file("leaky.jsonl", [*rows(6, start=500), *rows(2, start=3)])
+    kitchen.cook(replace(recipe, eval=(leaky,)))
+    (warning,) = [event for event in kitchen.events if event.get("code") == "EVAL_LEAK"]
+    assert warning["message"].startswith("2 evaluation examples") and warning["advice"]
+
+
+def test_held_out_examples_are_never_trained_on_and_are_kept_readable(kitchen: Kitchen, recipe: Recipe) -> None:
+    prepared = kitchen.cook(replace(recipe, eval_fraction=0.25))
+    trained = {tuple(ids) for ids in prepared.train["input_ids"]}
+    held_out = {tuple(ids) for ids in prepared.eval["input_ids"]}
+    assert not trained & held_out and len(trained) + len(held_out) == 40
+    target = kitchen.root / "run" / "eval.jsonl"
+    prepared.copy_held_out(target)
+    assert len(target.read_text().splitlines()) == prepared.manifest["eval_examples"] == 10
+
+
+def test_the_limit_takes_the_first_usable_examples(kitchen: Kitchen) -> None:
+    name = kitchen.file("mixed.jsonl", [{"colour": "red"}, *rows(30)])
+    prepared = kitchen.cook(Recipe(train=(name,), limit=12, eval_fraction=0.0))
+    assert len(prepared.train) == 12 and "What is 11 plus" in tiny_tokenizer().decode(prepared.train[11]["input_ids"])
+
+
+def test_the_evaluation_limit_caps_the_share(kitchen: Kitchen, recipe: Recipe) -> None:
+    assert len(kitchen.cook(replace(recipe, eval_fraction=0.5, eval_limit=3)).eval) == 3
+
+
+def test_a_share_of_zero_holds_nothing_out(kitchen: Kitchen, recipe: Recipe) -> None:
+    prepared = kitchen.cook(replace(recipe, eval_fraction=0.0))
+    assert prepared.eval is None and len(prepared.train) == 40 and not kitchen.warnings()
+
+
+def test_examples_of_kinds_the_objective_cannot_use_are_counted_apart(kitchen: Kitchen) -> None:
+    pairs = [{"prompt": f"What is {n}?", "chosen": f"A number, {n}.", "rejected": "No."} for n in range(4)]
+    prepared = kitchen.cook(Recipe(train=(kitchen.file("pairs.jsonl", [*rows(20), *pairs]),)))
+    assert prepared.manifest["not_for_this_objective"] == {"preference": 4} and sum(prepared.manifest["rejected"].values()) == 0
+    with pytest.raises(DataError) as caught:
+        kitchen.cook(Recipe(train=(kitchen.file("only.jsonl", pairs),)))
+    assert caught.value.code == "TRAINING_NO_DATA" and "4 preference" in caught.value.message
+
+
+def test_documents_of_one_token_are_refused_as_there_is_nothing_to_predict(kitchen: Kitchen) -> None:
+    template = resolve_template(tiny_tokenizer(eos_token=None), "auto")
+    name = kitchen.file("words.jsonl", [{"text": letter} for letter in "abcdefgh"])
+    with pytest.raises(FineTuneFlowError) as caught:
+        kitchen.cook(Recipe(train=(name,), eval_fraction=0.0), template=template)
+    assert caught.value.code == "TRAINING_NO_SUPERVISED_TOKENS"
+
+
+def test_nothing_but_the_cache_folder_is_written(kitchen: Kitchen, recipe: Recipe) -> None:
+    before = {path.name for path in kitchen.root.iterdir()}
+    prepared = kitchen.cook(recipe)
+    assert {path.name for path in kitchen.root.iterdir()} - before == {"cache"}
+    shutil.rmtree(prepared.folder)
+    assert len(kitchen.cook(recipe).train) == 36
