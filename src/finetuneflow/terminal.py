@@ -158,10 +158,13 @@ class RunView:
         key = (event["setting"], event["reason"])
         if key not in self._seen_decisions:
             self._seen_decisions.add(key)
-            self._print(Text.assemble(("  · ", "dim"), (f"{event['setting']} = {clean(str(event['value']))}  ", "cyan"), (clean(event["reason"]), "dim")))
+            self._print_item(
+                Text("· ", "dim"), Text.assemble((f"{event['setting']} = {clean(str(event['value']))}  ", "cyan"), (clean(event["reason"]), "dim"))
+            )
 
     def _on_warning(self, event: Event) -> None:
-        self._print(Text.assemble(("  ! ", "bold yellow"), (clean(event["message"]), "yellow"), (f"  {clean(event['advice'])}" if event["advice"] else "", "dim")))
+        advice = f"  {clean(event['advice'])}" if event["advice"] else ""
+        self._print_item(Text("! ", "bold yellow"), Text.assemble((clean(event["message"]), "yellow"), (advice, "dim")))
 
     def _on_log(self, event: Event) -> None:
         figures = (
@@ -203,6 +206,14 @@ class RunView:
 
     def _on_failed(self, event: Event) -> None:
         self.close()
+
+    def _print_item(self, mark: Text, text: Text) -> None:
+        """A marked line whose continuation lines stand under its text."""
+        grid = Table.grid(padding=0)
+        grid.add_column(width=4)
+        grid.add_column()
+        grid.add_row(Text("  ") + mark, text)
+        (self._live.console if self._live else self.console).print(grid)
 
     def _print(self, text: Text) -> None:
         (self._live.console if self._live else self.console).print(text, soft_wrap=not self.console.is_terminal)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models.tiny import tiny_tokenizer
 
 from finetuneflow.data import prepare as preparing
 from finetuneflow.data.prepare import Prepared, Recipe, prepare
 from finetuneflow.data.templates import Template, resolve_template
 from finetuneflow.data.tokens import Policy
 from finetuneflow.errors import DataError, FineTuneFlowError
+from models.tiny import tiny_tokenizer
 
 
 class Kitchen:

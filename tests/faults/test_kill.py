@@ -123,7 +123,9 @@ def test_a_signal_to_a_process_saves_and_ends_it_orderly(bench: Bench, start: Ca
     process = start(bench.config(training__epochs=500, training__log_steps=1, training__save_steps=1000))
     process.signal_at(at("log", step=5), number)
     assert process.end() == 0 and run_status(process.run_dir) == "stopped"
-    assert len(list_complete(process.run_dir / "checkpoints")) == 1
+    newest = list_complete(process.run_dir / "checkpoints")[-1]
+    (ending,) = [event for event in read_events(process.run_dir / "events.jsonl") if event["event"] == "stopped"]
+    assert newest.step == ending["step"] >= 5 and find_damage(newest.path) is None
 
 
 @pytest.mark.slow

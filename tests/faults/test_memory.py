@@ -107,13 +107,13 @@ def test_a_real_limit_on_memory_ends_with_the_explained_error(bench: Bench, tmp_
     """64 rows of 512 tokens through a vocabulary of 512 want far more than the 200 MB that are left."""
     from training.workbench import write_rows
 
-    write_rows(bench.data, [{"instruction": f"{n} " + "many words " * 300, "output": "all of them " * 100} for n in range(200)])
+    write_rows(bench.data, [{"instruction": f"Number {n}?", "output": f"{n} " + "all of them " * 35} for n in range(200)])
     config = bench.config(data__max_length=512, training__batch_size=64, training__gradient_accumulation=1, data__eval_fraction=0.0)
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(config, {}))
     command = [sys.executable, "-c", LIMITED.format(extra=200_000_000), str(path), str(tmp_path / "ws")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 6, done.stderr[-800:]
+    assert done.returncode == 6, done.stdout[-800:] + done.stderr[-800:]
     error = json.loads(done.stdout)
     assert error["error_code"] == "OUT_OF_MEMORY" and "training.batch_size=32" in error["context"]["remedy"]
     assert "Traceback" not in done.stderr

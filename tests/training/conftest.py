@@ -6,8 +6,8 @@ import gc
 from pathlib import Path
 
 import pytest
-from models.tiny import save_tiny
 
+from models.tiny import save_tiny
 from training.workbench import Bench, sums, write_rows
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from models.tiny import save_tiny
 
 from finetuneflow.errors import FineTuneFlowError, ResumeError
 from finetuneflow.events import metric_lines
 from finetuneflow.training import checkpoints
 from finetuneflow.training.status import request_stop, run_status
+from models.tiny import save_tiny
 from training.workbench import Bench, all_events, assert_same_result, at, lines, sums, weights, write_rows
 
 # 24 training rows in batches of 2 x 2: 6 steps an epoch, 12 in all; checkpoints at 4, 8 and 12, log lines at 3, 6, 9 and 12.

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from models.tiny import save_tiny, tiny_tokenizer
 
 from finetuneflow.config import load_config
 from finetuneflow.errors import CODES, FineTuneFlowError, TrainingError
 from finetuneflow.events import EVENT_NAMES, metric_lines
 from finetuneflow.training.checkpoints import find_damage, list_complete
 from finetuneflow.training.status import ENDINGS, run_status, run_summary
+from models.tiny import save_tiny, tiny_tokenizer
 from training.workbench import LOG_FIELDS, Bench, all_events, assert_same_result, at, sums, write_rows
 
 # --- what it leaves behind --------------------------------------------------------------------------

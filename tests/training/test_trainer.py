@@ -118,7 +118,7 @@ def test_the_mean_is_over_tokens_not_over_rows(bench: Bench) -> None:
     model = fresh_model(bench.base)
     ours.trainer.train()
     parts = [row_loss(model, ours.materials.prepared.train[i]) for i in ours.watch.rows[:8]]
-    mean_of_means = float(sum(loss for loss, _ in parts)) / len(parts)
+    mean_of_means = sum(loss.item() for loss, _ in parts) / len(parts)
     assert abs(ours.logged()[0] - mean_of_means) > 1e-4
 
 
