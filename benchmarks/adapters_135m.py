@@ -45,7 +45,10 @@ def save_base(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<pad>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
@@ -54,7 +57,22 @@ def save_base(folder: Path) -> Path:
 
 def write_rows(path: Path) -> None:
     rng = random.Random(0)
-    words = "alpha beta gamma delta river stone cloud green seven mountain letter window garden music".split()
+    words = [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "river",
+        "stone",
+        "cloud",
+        "green",
+        "seven",
+        "mountain",
+        "letter",
+        "window",
+        "garden",
+        "music",
+    ]
     text = lambda n: " ".join(rng.choice(words) for _ in range(n))  # noqa: E731
     with path.open("w") as file:
         for _ in range(200):

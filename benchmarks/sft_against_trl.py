@@ -37,9 +37,16 @@ def model(vocabulary: int) -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6, use_cache=False
+        vocab_size=vocabulary,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        use_cache=False,
     )
-    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        LlamaForCausalLM(config), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 def arguments(folder: str) -> dict[str, Any]:
@@ -114,9 +121,13 @@ def _trl(made: list[dict[str, Any]], vocabulary: int, folder: str) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")), pad_token="<pad>", eos_token="</s>"
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")),
+        pad_token="<pad>",
+        eos_token="</s>",
     )
-    config = SFTConfig(**arguments(folder), max_length=512, activation_checkpointing=False, logging_strategy="no", pad_to_multiple_of=8)
+    config = SFTConfig(
+        **arguments(folder), max_length=512, activation_checkpointing=False, logging_strategy="no", pad_to_multiple_of=8
+    )
     dataset = Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in made])
     return SFTTrainer(model=model(vocabulary), args=config, train_dataset=dataset, processing_class=tokenizer)
 

@@ -22,7 +22,7 @@ def settings_page() -> str:
         group = key.rpartition(".")[0] or "top level"
         if group != section:
             section = group
-            lines += ["" if lines[-1] else "", f"## {group}", "", "| setting | default | meaning |", "|---|---|---|"]
+            lines += ["", f"## {group}", "", "| setting | default | meaning |", "|---|---|---|"]
         lines.append(f"| `{key}` | `{json.dumps(default)}` | {text.replace('|', chr(92) + '|')} |")
     return NOTE + "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,6 @@ from finetuneflow.errors import FineTuneFlowError
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     from export.run_dir import make_run
-
     from finetuneflow.inference import load_generator
 
     yield load_generator(make_run(tmp_path_factory.mktemp("chat")))

@@ -27,7 +27,9 @@ def test_defaults_are_the_documented_ones() -> None:
 
 
 def test_a_written_run_file_reads_back_equal(tmp_path: Path) -> None:
-    config, origins = build_config({"data": {"train": "a b.jsonl", "mapping": {"prompt": "clé: é"}}, "name": "x"}, ["training.learning_rate=3e-5"])
+    config, origins = build_config(
+        {"data": {"train": "a b.jsonl", "mapping": {"prompt": "clé: é"}}, "name": "x"}, ["training.learning_rate=3e-5"]
+    )
     text = dump_config(config, origins)
     assert load_config(write(tmp_path, text))[0] == config
     assert "learning_rate: 3.0e-05  # yours" in text and "epochs: 3.0  # default" in text
@@ -40,7 +42,9 @@ def test_learning_rates_written_as_people_write_them_are_numbers() -> None:
 
 def test_an_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:
     path = write(tmp_path, "training:\n  learning_rat: 0.1\n")
-    with pytest.raises(ConfigError, match=r"training\.learning_rat: unknown setting; did you mean 'training\.learning_rate'") as caught:
+    with pytest.raises(
+        ConfigError, match=r"training\.learning_rat: unknown setting; did you mean 'training\.learning_rate'"
+    ) as caught:
         load_config(path)
     assert caught.value.code == "CONFIG_UNKNOWN_KEY" and str(path) in str(caught.value)
 
@@ -90,14 +94,14 @@ def test_nan_and_infinity_are_no_settings() -> None:
 
 
 def test_overrides_need_a_value_and_a_group() -> None:
-    with pytest.raises(ConfigError, match="section.key=value"):
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
         build_config({}, ["training.seed"])
     with pytest.raises(ConfigError, match="not a group"):
         build_config({"name": "x"}, ["name.first=1"])
 
 
 def test_a_run_without_data_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ConfigError, match="data.train is empty") as caught:
+    with pytest.raises(ConfigError, match=r"data\.train is empty") as caught:
         require_runnable(RunConfig())
     assert caught.value.code == "CONFIG_CONFLICT"
 

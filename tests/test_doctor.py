@@ -105,7 +105,9 @@ def test_a_gpu_that_does_not_tell_its_memory_is_no_problem(tmp_path: Path) -> No
     assert line(examine(tmp_path, gpus=(unknown,)), "GPU").status == "ok"
 
 
-@pytest.mark.parametrize(("version", "status"), [("5.19.9", "fail"), ("5.20.0", "ok"), ("5.20.0.dev1", "ok"), ("6.0", "ok"), ("5.3", "fail")])
+@pytest.mark.parametrize(
+    ("version", "status"), [("5.19.9", "fail"), ("5.20.0", "ok"), ("5.20.0.dev1", "ok"), ("6.0", "ok"), ("5.3", "fail")]
+)
 def test_versions_are_compared_as_numbers(tmp_path: Path, version: str, status: str) -> None:
     found = examine(tmp_path, packages=VERSIONS | {"transformers": version})
     assert worst(found) == status

@@ -101,7 +101,14 @@ def test_a_hanging_or_closed_nvidia_smi_is_a_finding_not_a_crash(error: Exceptio
 
 
 def torch_answer(**changes: object) -> str:
-    gpu = {"name": "Tesla T4", "kind": "cuda", "memory_total_bytes": 16 * GIB, "capability": "7.5", "bf16": False, "seen_by": "torch"}
+    gpu = {
+        "name": "Tesla T4",
+        "kind": "cuda",
+        "memory_total_bytes": 16 * GIB,
+        "capability": "7.5",
+        "bf16": False,
+        "seen_by": "torch",
+    }
     values = {
         "version": "2.13.0", "cuda_build": "12.8", "hip_build": None, "cuda_available": True, "mps_available": False, "gpus": [gpu],
     }  # fmt: skip
@@ -149,9 +156,17 @@ def test_total_memory_is_read_by_its_name_of_today() -> None:
     from types import SimpleNamespace as Space
 
     properties = Space(name="Tesla T4", total_memory=16 * GIB, major=7, minor=5)
-    cuda = Space(is_available=lambda: True, device_count=lambda: 1, get_device_properties=lambda i: properties, mem_get_info=lambda i: (GIB, 16 * GIB))
+    cuda = Space(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        get_device_properties=lambda i: properties,
+        mem_get_info=lambda i: (GIB, 16 * GIB),
+    )
     torch = Space(
-        __version__="2.13.0", version=Space(cuda="12.8", hip=None), cuda=cuda, backends=Space(mps=Space(is_available=lambda: False))
+        __version__="2.13.0",
+        version=Space(cuda="12.8", hip=None),
+        cuda=cuda,
+        backends=Space(mps=Space(is_available=lambda: False)),
     )
     (gpu,) = hardware.describe_torch(torch)["gpus"]
     assert (gpu["memory_total_bytes"], gpu["memory_free_bytes"], gpu["bf16"]) == (16 * GIB, GIB, False)
@@ -168,7 +183,10 @@ def test_rocm_and_apple_gpus_are_named_as_such() -> None:
 
 
 def test_cpu_features_are_named_from_cpuinfo(tmp_path: Path) -> None:
-    root = write_tree(tmp_path, {"proc/cpuinfo": "processor : 0\nmodel name\t: Xeon 9\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile\n"})
+    root = write_tree(
+        tmp_path,
+        {"proc/cpuinfo": "processor : 0\nmodel name\t: Xeon 9\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile\n"},
+    )
     cpu = probe_cpu(answering(""), root)
     assert cpu.model == "Xeon 9"
     assert set(cpu.features) == {"AVX2", "AVX-512", "AVX-512 BF16", "AMX", "AMX BF16"}
@@ -225,7 +243,12 @@ def test_a_cpuset_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("text", ["", "max", "garbage here and there", "\x00", "1-\n"])
 def test_unreadable_limits_limit_nothing(tmp_path: Path, text: str) -> None:
-    files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": text, "sys/fs/cgroup/cpuset.cpus.effective": text, "sys/fs/cgroup/memory.max": text}
+    files = {
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/cpu.max": text,
+        "sys/fs/cgroup/cpuset.cpus.effective": text,
+        "sys/fs/cgroup/memory.max": text,
+    }
     root = write_tree(tmp_path, files)
     assert granted_cores(root, 10_000)[1] == "affinity"
     assert probe_memory(root).limited_by == "machine"
@@ -283,7 +306,9 @@ def test_the_probe_works_where_torch_cannot_be_imported() -> None:
 # --- threads ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cores", "wanted"), [(0.5, [1]), (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (5.5, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
+@pytest.mark.parametrize(
+    ("cores", "wanted"), [(0.5, [1]), (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (5.5, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])]
+)
 def test_candidates_are_powers_of_two_and_all_cores(cores: float, wanted: list[int]) -> None:
     assert thread_candidates(cores) == wanted
 

@@ -36,7 +36,9 @@ sys.exit(code or 0)
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, cwd=cwd, env=env, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, cwd=cwd, env=env, timeout=60
+    )
 
 
 @pytest.fixture
@@ -46,13 +48,23 @@ def place(tmp_path: Path) -> Path:
     run_dir = tmp_path / "ftf-workspace" / "runs" / "one"
     run_dir.mkdir(parents=True)
     (run_dir / "run.yaml").write_text("name: one\n")
-    (run_dir / "events.jsonl").write_text('{"seq": 1, "time": "2026-01-01T00:00:00+00:00", "event": "stopped", "step": 3, "reason": "asked to stop"}\n')
+    (run_dir / "events.jsonl").write_text(
+        '{"seq": 1, "time": "2026-01-01T00:00:00+00:00", "event": "stopped", "step": 3, "reason": "asked to stop"}\n'
+    )
     return tmp_path
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("train", "--help"), ("runs", "--json"), ("logs", "one", "--json"), ("stop", "one", "--json"), ("config",), ("explain", "RUN_BUSY")],
+    [
+        ("--help",),
+        ("train", "--help"),
+        ("runs", "--json"),
+        ("logs", "one", "--json"),
+        ("stop", "one", "--json"),
+        ("config",),
+        ("explain", "RUN_BUSY"),
+    ],
     ids=lambda arguments: " ".join(arguments),
 )
 def test_a_verb_that_needs_no_torch_loads_none(place: Path, arguments: tuple[str, ...]) -> None:

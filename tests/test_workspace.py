@@ -65,7 +65,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path, monkey
 
 
 def test_too_little_space_is_told_with_both_numbers(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="MB are needed, .* MB are free"):
+    with pytest.raises(StorageError, match=r"MB are needed, .* MB are free"):
         require_free_bytes(tmp_path / "not" / "yet", 10**18)
 
 
@@ -88,7 +88,9 @@ def test_a_second_process_cannot_take_a_held_run_and_learns_who_holds_it(tmp_pat
         "import sys\nfrom pathlib import Path\nfrom finetuneflow.workspace import directory_lock\n"
         "with directory_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with pytest.raises(StorageError, match=str(holder.pid)) as caught, directory_lock(tmp_path):
         pass

@@ -1,9 +1,9 @@
 """`ftf chat`: talk to a run, switch its adapter off and on to feel the difference.
 
-    /base        answer with the base model alone        /tuned       answer with the adapter again
-    /both        answer with both, one after the other   /use NAME    use another loaded adapter
-    /system TEXT set the system message                  /reset       forget the conversation
-    /help        this list                               /quit        leave
+/base        answer with the base model alone        /tuned       answer with the adapter again
+/both        answer with both, one after the other   /use NAME    use another loaded adapter
+/system TEXT set the system message                  /reset       forget the conversation
+/help        this list                               /quit        leave
 """
 
 from __future__ import annotations

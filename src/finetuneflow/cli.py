@@ -35,10 +35,26 @@ data_app = typer.Typer(help="Look at, check and convert datasets.", no_args_is_h
 app.add_typer(data_app, name="data")
 
 # What `finetuneflow[train]` brings; without it the light verbs still work.
-TRAIN_PACKAGES = frozenset({"torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub", "bitsandbytes", "sacrebleu", "rouge_score", "matplotlib"})
+TRAIN_PACKAGES = frozenset(
+    {
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "safetensors",
+        "huggingface_hub",
+        "bitsandbytes",
+        "sacrebleu",
+        "rouge_score",
+        "matplotlib",
+    }
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-WorkspaceDir = Annotated[Path | None, typer.Option("--workspace", help="Data directory. [default: $FTF_HOME or ./ftf-workspace]", show_default=False)]
+WorkspaceDir = Annotated[
+    Path | None, typer.Option("--workspace", help="Data directory. [default: $FTF_HOME or ./ftf-workspace]", show_default=False)
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only errors.")]
 Run = Annotated[str, typer.Argument(help="A run's name, a unique beginning of it, its folder, or `latest`.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value. Repeatable.")]
@@ -47,9 +63,19 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting
 # --- data -----------------------------------------------------------------------------------------
 
 Files = Annotated[list[Path], typer.Argument(help="Dataset files of any common format, also .gz or .zst.")]
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="Count tokens as this model does: `starter`, a folder or a hub id.")]
-MapOption = Annotated[list[str] | None, typer.Option("--map", help="A column by name: prompt=question. Repeatable. Parts: prompt, answer, system, context, messages, text, chosen, rejected, label, group.")]
-EncodingOption = Annotated[str | None, typer.Option("--encoding", help="Text encoding of the files. [default: detected]", show_default=False)]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Count tokens as this model does: `starter`, a folder or a hub id.")
+]
+MapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        help="A column by name: prompt=question. Repeatable. Parts: prompt, answer, system, context, messages, text, chosen, rejected, label, group.",
+    ),
+]
+EncodingOption = Annotated[
+    str | None, typer.Option("--encoding", help="Text encoding of the files. [default: detected]", show_default=False)
+]
 TreePaths = Annotated[str, typer.Option("--tree-paths", help="Of a conversation tree: best path, or all.")]
 TemplateOption = Annotated[str, typer.Option("--template", help="Chat template: auto, a built-in name, or a .jinja file.")]
 Supervised = Annotated[str, typer.Option("--supervise", help="What enters the loss: assistant, last or all.")]
@@ -65,7 +91,9 @@ def data_check(
     map_: MapOption = None,
     encoding: EncodingOption = None,
     tree_paths: TreePaths = "best",
-    near_duplicates: Annotated[bool, typer.Option("--near-duplicates/--no-near-duplicates", help="Look for nearly equal examples too.")] = True,
+    near_duplicates: Annotated[
+        bool, typer.Option("--near-duplicates/--no-near-duplicates", help="Look for nearly equal examples too.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Say what files hold: shapes, usable and rejected rows with reasons, duplicates, tokens."""
@@ -120,7 +148,9 @@ def data_convert(
     if as_json:
         print_json({"out": str(out), "examples": written, "problems": str(problems), "rejected": rejected})
     else:
-        console.print(f"{written:,} examples in {out}" + (f"; {rejected:,} rejected rows in {problems}" if rejected else ""), markup=False)
+        console.print(
+            f"{written:,} examples in {out}" + (f"; {rejected:,} rejected rows in {problems}" if rejected else ""), markup=False
+        )
 
 
 @data_app.command("preview")
@@ -176,7 +206,11 @@ def _mapping(pairs: list[str] | None) -> Any:
     split = [pair.partition("=") for pair in pairs]
     for part, _, column in split:
         if part not in known or not column:
-            raise ConfigError("CONFIG_INVALID_VALUE", f"--map {part[:40]}={column[:40]} is not of the form part=column.", remedy=f"Parts: {', '.join(known)}.")
+            raise ConfigError(
+                "CONFIG_INVALID_VALUE",
+                f"--map {part[:40]}={column[:40]} is not of the form part=column.",
+                remedy=f"Parts: {', '.join(known)}.",
+            )
     return Mapping(**{part: column for part, _, column in split})
 
 
@@ -195,7 +229,9 @@ def _template_and_policy(model: str, template: str, supervise: str, max_length: 
     _quieten_libraries()
     folder, own_code = tokenizer_folder(ModelSource(model))
     tokenizer, _ = load_tokenizer(folder, run_own_code=own_code)
-    return resolve_template(tokenizer, template, consent=True), Policy(supervise=supervise, max_length=max_length, overlong=overlong)  # type: ignore[arg-type]
+    return resolve_template(tokenizer, template, consent=True), Policy(
+        supervise=supervise, max_length=max_length, overlong=overlong
+    )  # type: ignore[arg-type]
 
 
 def _measure_with(model: str, template: str, supervise: str, max_length: int) -> Any:
@@ -246,7 +282,10 @@ def resume(
     run: Run = "latest",
     workspace: WorkspaceDir = None,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Go on although configuration, data, tokenizer or code changed; each change is recorded.")
+        bool,
+        typer.Option(
+            "--accept-changes", help="Go on although configuration, data, tokenizer or code changed; each change is recorded."
+        ),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -363,7 +402,9 @@ def verify_resume(
 
     settings, _ = load_config(config, set_)
     require_runnable(settings, where=str(config))
-    result = verify(settings, Workspace(workspace), kills=kills, seed=seed, say=lambda text: error_console.print(f"  {text}", style="dim"))
+    result = verify(
+        settings, Workspace(workspace), kills=kills, seed=seed, say=lambda text: error_console.print(f"  {text}", style="dim")
+    )
     if as_json:
         print_json(result.to_dict())
     else:
@@ -381,9 +422,13 @@ def verify_resume(
 # --- results ----------------------------------------------------------------------------------------
 
 
-DataOption = Annotated[list[Path] | None, typer.Option("--data", help="Examples with answers. [default: what the run held out]", show_default=False)]
+DataOption = Annotated[
+    list[Path] | None, typer.Option("--data", help="Examples with answers. [default: what the run held out]", show_default=False)
+]
 SuiteOption = Annotated[str | None, typer.Option("--suite", help="Acceptance prompts (YAML); `starter` is the bundled suite.")]
-JudgesOption = Annotated[Path | None, typer.Option("--judges", help="A Python file of your own with judge functions for the suite. It is run.")]
+JudgesOption = Annotated[
+    Path | None, typer.Option("--judges", help="A Python file of your own with judge functions for the suite. It is run.")
+]
 Limit = Annotated[int, typer.Option(help="Questions answered at most.", min=1)]
 MaxNewTokens = Annotated[int, typer.Option(help="Length of an answer at most, in tokens.", min=1)]
 
@@ -438,7 +483,9 @@ def compare(
     data: DataOption = None,
     suite: SuiteOption = None,
     judges: JudgesOption = None,
-    general: Annotated[Path | None, typer.Option("--general", help="A text to show forgetting on. [default: a bundled one]", show_default=False)] = None,
+    general: Annotated[
+        Path | None, typer.Option("--general", help="A text to show forgetting on. [default: a bundled one]", show_default=False)
+    ] = None,
     limit: Limit = 200,
     max_new_tokens: MaxNewTokens = 128,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the whole comparison as JSON.")] = None,
@@ -459,10 +506,20 @@ def compare(
     if items is None:
         paths = data or ([run / "data" / "eval.jsonl"] if run and (run / "data" / "eval.jsonl").is_file() else [])
         if not paths:
-            raise ConfigError("CONFIG_INVALID_VALUE", "There is nothing to ask: no run that held data out, no --data, no --suite.", remedy="Name a data file or a suite.")
+            raise ConfigError(
+                "CONFIG_INVALID_VALUE",
+                "There is nothing to ask: no run that held data out, no --data, no --suite.",
+                remedy="Name a data file or a suite.",
+            )
         items, _ = read_examples(paths)
     result = compare_models(
-        first, second, items, judges=_judges(judges), max_new_tokens=max_new_tokens, limit=limit, general_text=general or GENERAL_TEXT
+        first,
+        second,
+        items,
+        judges=_judges(judges),
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        general_text=general or GENERAL_TEXT,
     )
     if out:
         write_json(out, result.to_dict())
@@ -478,7 +535,10 @@ def chat(
     message: Annotated[str | None, typer.Option("--message", help="Ask this once and leave.")] = None,
     both: Annotated[bool, typer.Option("--both", help="Answer with the base and with the adapter.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="A further adapter on the same base: name=folder or name=run. Repeatable.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="A further adapter on the same base: name=folder or name=run. Repeatable."),
+    ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="A step of the run instead of its end.")] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option(help="0 always says the likeliest.", min=0.0, max=2.0)] = 0.0,
@@ -505,7 +565,9 @@ def chat(
 def export(
     run: Run = "latest",
     to: Annotated[str, typer.Option("--to", help="adapter, merged or zip.")] = "adapter",
-    name: Annotated[str | None, typer.Option(help="Name of the folder under exports/. [default: the target]", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the folder under exports/. [default: the target]", show_default=False)
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Stored type of merged weights: auto, float32, bfloat16, float16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export of that name.")] = False,
     workspace: WorkspaceDir = None,
@@ -517,7 +579,10 @@ def export(
     from finetuneflow.views import show_export
 
     _quieten_libraries()
-    for value, choices, option in ((to, ("adapter", "merged", "zip"), "--to"), (dtype, ("auto", "float32", "bfloat16", "float16"), "--dtype")):
+    for value, choices, option in (
+        (to, ("adapter", "merged", "zip"), "--to"),
+        (dtype, ("auto", "float32", "bfloat16", "float16"), "--dtype"),
+    ):
         if value not in choices:
             raise ConfigError("CONFIG_INVALID_VALUE", f"{option} {value!r} is not one of {', '.join(choices)}.")
     result = export_run(Workspace(workspace).run_dir(run), to, name=name, overwrite=overwrite, dtype=dtype)  # type: ignore[arg-type]
@@ -676,7 +741,9 @@ def explain(code: Annotated[str, typer.Argument(help="An error code, such as OUT
     wanted = code.strip().upper()
     if wanted not in CODES:
         near = ", ".join(difflib.get_close_matches(wanted, CODES, n=3, cutoff=0.4))
-        raise ConfigError("CONFIG_INVALID_VALUE", f"There is no error code {wanted[:60]!r}.", remedy=f"Near it: {near}." if near else None)
+        raise ConfigError(
+            "CONFIG_INVALID_VALUE", f"There is no error code {wanted[:60]!r}.", remedy=f"Near it: {near}." if near else None
+        )
     if as_json:
         print_json({"code": wanted, "meaning": CODES[wanted]})
     else:
@@ -697,9 +764,19 @@ def _print_result(result: RunResult, *, as_json: bool, quiet: bool) -> None:
 
     if as_json:
         curves = ("train_loss_curve", "eval_loss_curve", "inference_samples")
-        print_json({"run": result.run_dir.name, "path": str(result.run_dir), "status": result.status, "metrics": {k: v for k, v in result.metrics.items() if k not in curves}})
+        print_json(
+            {
+                "run": result.run_dir.name,
+                "path": str(result.run_dir),
+                "status": result.status,
+                "metrics": {k: v for k, v in result.metrics.items() if k not in curves},
+            }
+        )
     elif not quiet and result.status == "succeeded":
-        console.print(f"Next: ftf chat {result.run_dir.name}   ftf evaluate {result.run_dir.name}   ftf export {result.run_dir.name} --to adapter", style="dim")
+        console.print(
+            f"Next: ftf chat {result.run_dir.name}   ftf evaluate {result.run_dir.name}   ftf export {result.run_dir.name} --to adapter",
+            style="dim",
+        )
 
 
 def _number(value: float | None) -> str:
@@ -746,7 +823,7 @@ def _fail(error: FineTuneFlowError, *, as_json: bool) -> NoReturn:
     from finetuneflow.terminal import print_error
 
     print_error(error, as_json=as_json)
-    raise SystemExit(error.exit_code) from None
+    raise SystemExit(130 if error.code == "TRAINING_INTERRUPTED" else error.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    base: str = Field("starter", description="Base model: `starter` (bundled), a local folder, or a hub id such as `Qwen/Qwen3-0.6B`.")
+    base: str = Field(
+        "starter", description="Base model: `starter` (bundled), a local folder, or a hub id such as `Qwen/Qwen3-0.6B`."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model; the commit found is recorded.")
     trust_remote_code: str | None = Field(
         None, description="Commit hash whose own Python code you have read and allow to run. Off unless it is that exact commit."
@@ -50,19 +52,38 @@ class Model(Section):
 
 class Data(Section):
     train: StringList = Field(default_factory=list, description="Training files, any common format, each also .gz or .zst.")
-    eval: StringList = Field(default_factory=list, description="Evaluation files. Empty: a share of the training data is held out.")
-    eval_fraction: float = Field(0.1, ge=0.0, le=0.5, description="Share held out when no evaluation file is given; 0 turns evaluation off.")
-    mapping: dict[str, str] = Field(default_factory=dict, description="Columns by name for a shape that is not recognised: prompt, answer, system, context, text, messages, …")
-    eval_limit: int = Field(1000, ge=1, description="Examples held out at most, whatever the share: more would cost time and hardly sharpen the figure.")
-    tree_paths: Literal["best", "all"] = Field("best", description="Of a conversation tree: the best-ranked path, or every path as an example of its own.")
+    eval: StringList = Field(
+        default_factory=list, description="Evaluation files. Empty: a share of the training data is held out."
+    )
+    eval_fraction: float = Field(
+        0.1, ge=0.0, le=0.5, description="Share held out when no evaluation file is given; 0 turns evaluation off."
+    )
+    mapping: dict[str, str] = Field(
+        default_factory=dict,
+        description="Columns by name for a shape that is not recognised: prompt, answer, system, context, text, messages, …",
+    )
+    eval_limit: int = Field(
+        1000,
+        ge=1,
+        description="Examples held out at most, whatever the share: more would cost time and hardly sharpen the figure.",
+    )
+    tree_paths: Literal["best", "all"] = Field(
+        "best", description="Of a conversation tree: the best-ranked path, or every path as an example of its own."
+    )
     encoding: str | None = Field(None, description="Text encoding of the files; null: detected.")
     limit: int | None = Field(None, ge=1, description="Use only this many examples, the first usable ones in file order.")
     reject_threshold: float = Field(0.1, ge=0.0, le=1.0, description="Share of unusable rows above which the run does not start.")
-    template: str = Field("auto", description="Chat template: `auto` (the tokenizer's own, else `plain`), a built-in name, or a .jinja file.")
+    template: str = Field(
+        "auto", description="Chat template: `auto` (the tokenizer's own, else `plain`), a built-in name, or a .jinja file."
+    )
     template_consent: bool = Field(False, description="Allow a template that differs from the tokenizer's own.")
-    supervise: Literal["assistant", "last", "all"] = Field("assistant", description="What enters the loss: every assistant turn, the last one only, or everything.")
+    supervise: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="What enters the loss: every assistant turn, the last one only, or everything."
+    )
     max_length: int = Field(2048, ge=8, le=1_048_576, description="Tokens per example at most.")
-    overlong: Literal["drop", "cut", "split"] = Field("cut", description="Examples longer than `max_length`: drop, cut (never without supervised tokens) or split.")
+    overlong: Literal["drop", "cut", "split"] = Field(
+        "cut", description="Examples longer than `max_length`: drop, cut (never without supervised tokens) or split."
+    )
 
 
 class Method(Section):
@@ -71,12 +92,17 @@ class Method(Section):
     alpha: float = Field(32, gt=0, description="Adapter scaling numerator: the update is scaled by alpha / r.")
     dropout: float = Field(0.05, ge=0.0, lt=1.0, description="Dropout on the adapter's input.")
     target_modules: str | list[str] = Field(
-        "auto", description="Layers that get an adapter: `auto` (the architecture's usual ones), `all-linear`, a list of names, or a regular expression."
+        "auto",
+        description="Layers that get an adapter: `auto` (the architecture's usual ones), `all-linear`, a list of names, or a regular expression.",
     )
-    modules_to_save: list[str] = Field(default_factory=list, description="Layers trained in full and saved with the adapter, such as lm_head.")
+    modules_to_save: list[str] = Field(
+        default_factory=list, description="Layers trained in full and saved with the adapter, such as lm_head."
+    )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
     num_virtual_tokens: int = Field(20, ge=1, le=4096, description="Length of the trained prefix (prefix tuning only).")
-    double_quantization: bool = Field(True, description="Quantise the 4-bit constants too (QLoRA only; saves 0.37 bit per parameter).")
+    double_quantization: bool = Field(
+        True, description="Quantise the 4-bit constants too (QLoRA only; saves 0.37 bit per parameter)."
+    )
 
     @property
     def is_adapter(self) -> bool:
@@ -84,22 +110,32 @@ class Method(Section):
 
 
 class Training(Section):
-    objective: Literal["sft", "pretrain"] = Field("sft", description="`sft`: conversations; `pretrain`: continued pre-training on text.")
+    objective: Literal["sft", "pretrain"] = Field(
+        "sft", description="`sft`: conversations; `pretrain`: continued pre-training on text."
+    )
     epochs: float = Field(3, gt=0, le=1000, description="Passes over the training data.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever `epochs` says.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
     batch_size: int = Field(4, ge=1, le=4096, description="Examples per device and forward pass (micro-batch).")
     eval_batch_size: int = Field(4, ge=1, le=4096, description="Examples per device in evaluation.")
     gradient_accumulation: int = Field(4, ge=1, le=4096, description="Micro-batches per optimizer step.")
-    warmup_ratio: float = Field(0.03, ge=0.0, le=1.0, description="Share of all steps in which the learning rate rises from zero.")
+    warmup_ratio: float = Field(
+        0.03, ge=0.0, le=1.0, description="Share of all steps in which the learning rate rises from zero."
+    )
     weight_decay: float = Field(0.01, ge=0.0, le=1.0, description="Decoupled weight decay.")
-    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field("cosine", description="Learning-rate schedule after warm-up.")
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="Learning-rate schedule after warm-up."
+    )
     max_grad_norm: float = Field(1.0, ge=0.0, description="Gradient clipping by global norm; 0 turns it off.")
     optimizer: Literal["auto", "paged_adamw_8bit", "adamw_8bit", "adamw_torch_fused", "adamw_torch", "adafactor"] = Field(
         "auto", description="`auto`: paged_adamw_8bit on CUDA, adamw_torch elsewhere (paged memory needs CUDA)."
     )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="Compute type. `auto`: bf16 where the hardware has it, else fp16 on CUDA, else fp32.")
-    gradient_checkpointing: Literal["auto", "on", "off"] = Field("auto", description="Recompute activations to save memory. `auto`: on with CUDA, off on CPU.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="Compute type. `auto`: bf16 where the hardware has it, else fp16 on CUDA, else fp32."
+    )
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="Recompute activations to save memory. `auto`: on with CUDA, off on CPU."
+    )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="`cuda` refuses to fall back to the CPU.")
     log_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
     eval_steps: int = Field(100, ge=1, description="Optimizer steps between evaluations.")
@@ -107,10 +143,14 @@ class Training(Section):
     keep_checkpoints: int = Field(3, ge=1, description="Checkpoints kept; the best one is never deleted.")
     load_best: bool = Field(True, description="End with the weights of the lowest evaluation loss.")
     patience: int | None = Field(3, ge=1, description="Stop after this many evaluations without improvement; null: never.")
-    oom: Literal["stop", "retry"] = Field("stop", description="Out of memory: stop and explain, or retry with half the micro-batch at the same effective batch.")
+    oom: Literal["stop", "retry"] = Field(
+        "stop", description="Out of memory: stop and explain, or retry with half the micro-batch at the same effective batch."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; null: measured at start.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the split, the order, dropout and initial adapter weights.")
-    report_to: list[Literal["wandb", "trackio", "mlflow", "tensorboard"]] = Field(default_factory=list, description="Experiment trackers to feed as well.")
+    report_to: list[Literal["wandb", "trackio", "mlflow", "tensorboard"]] = Field(
+        default_factory=list, description="Experiment trackers to feed as well."
+    )
 
     @property
     def effective_batch(self) -> int:
@@ -119,9 +159,13 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    samples: int = Field(5, ge=0, le=100, description="Held-out prompts answered after training, shown beside the expected answer.")
+    samples: int = Field(
+        5, ge=0, le=100, description="Held-out prompts answered after training, shown beside the expected answer."
+    )
     max_new_tokens: int = Field(128, ge=1, le=32768, description="Length limit of a generated answer, in tokens.")
-    suite: str | None = Field(None, description="Acceptance prompts (YAML) to run after training; `starter` is the bundled suite.")
+    suite: str | None = Field(
+        None, description="Acceptance prompts (YAML) to run after training; `starter` is the bundled suite."
+    )
 
 
 class RunConfig(Section):
@@ -152,7 +196,9 @@ class RunConfig(Section):
             update={
                 "data": data,
                 "model": self.model.model_copy(update={"base": base}),
-                "evaluation": self.evaluation.model_copy(update={"suite": absolute(suite) if suite and suite != "starter" else suite}),
+                "evaluation": self.evaluation.model_copy(
+                    update={"suite": absolute(suite) if suite and suite != "starter" else suite}
+                ),
             }
         )
 
@@ -185,7 +231,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | bool | None) or key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands here twice or is no plain name", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands here twice or is no plain name", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -222,7 +270,9 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> tuple[R
         raise ConfigError("CONFIG_UNREADABLE", f"The run file cannot be read: {error}.", where=str(path)) from error
     values = parse_yaml(text, where=str(path)) or {}
     if not isinstance(values, dict):
-        raise ConfigError("CONFIG_UNREADABLE", "A run file is a mapping of settings.", where=str(path), remedy="See `ftf config`.")
+        raise ConfigError(
+            "CONFIG_UNREADABLE", "A run file is a mapping of settings.", where=str(path), remedy="See `ftf config`."
+        )
     return build_config(values, overrides, where=str(path))
 
 
@@ -275,7 +325,9 @@ def settings() -> Iterator[tuple[str, type[Any], Any, str]]:
 
 def _yaml_line(key: str, value: Any, indent: int, origin: str) -> str:
     # default_flow_style keeps lists and mappings on one line; "..." ends a bare scalar document
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    text = (
+        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    )
     return f"{' ' * indent}{key}: {text}  # {origin}"
 
 

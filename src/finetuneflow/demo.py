@@ -64,7 +64,9 @@ def run_demo(workspace: Workspace, *, seed: int = 0, quiet: bool = False) -> dic
     for name, outcome in answers.items():
         write_json(result.run_dir / "evals" / f"acceptance-{name}.json", outcome.to_dict())
         if not quiet:
-            show_suite(outcome, title=name) if name == "tuned" else say(f"{name}: {outcome.passed} of {len(outcome.items)} passed")
+            show_suite(outcome, title=name) if name == "tuned" else say(
+                f"{name}: {outcome.passed} of {len(outcome.items)} passed"
+            )
     say(_answers(answers))
 
     say(_heading(3, "Is it better? And what was forgotten?"))

@@ -100,9 +100,14 @@ def check_packages(packages: Mapping[str, str]) -> list[Check]:
     old = {name: least for name, least in MINIMUM_VERSIONS.items() if name in packages and _is_older(packages[name], least)}
     missing_core = [name for name in CORE_PACKAGES if name not in packages]
     missing = [name for name in MINIMUM_VERSIONS if name not in packages]
-    lines = [Check(f"Package {name}", "fail", packages[name], f"pip install --upgrade '{name}>={least}'") for name, least in old.items()]
+    lines = [
+        Check(f"Package {name}", "fail", packages[name], f"pip install --upgrade '{name}>={least}'")
+        for name, least in old.items()
+    ]
     if missing_core:
-        lines.append(Check("Core packages", "fail", f"not installed: {', '.join(missing_core)}", "pip install --upgrade finetuneflow"))
+        lines.append(
+            Check("Core packages", "fail", f"not installed: {', '.join(missing_core)}", "pip install --upgrade finetuneflow")
+        )
     if missing:
         lines.append(
             Check(
@@ -112,7 +117,11 @@ def check_packages(packages: Mapping[str, str]) -> list[Check]:
                 "pip install 'finetuneflow[train]'; checking data and planning work without.",
             )
         )
-    fine = [f"{name} {packages[name]}" for name in ("transformers", "peft", "trl", "accelerate", "datasets") if name in packages and name not in old]
+    fine = [
+        f"{name} {packages[name]}"
+        for name in ("transformers", "peft", "trl", "accelerate", "datasets")
+        if name in packages and name not in old
+    ]
     return [Check("Packages", "ok", ", ".join(fine)), *lines] if fine else lines
 
 
@@ -131,12 +140,19 @@ def check_torch(hardware: Hardware) -> Check:
     if torch.version is None:
         return Check("PyTorch", "warn", "not installed", "pip install 'finetuneflow[train]'")
     if torch.problem:
-        return Check("PyTorch", "fail", f"{torch.version}, does not start: {torch.problem}", "Install it again: pip install --force-reinstall torch")
+        return Check(
+            "PyTorch",
+            "fail",
+            f"{torch.version}, does not start: {torch.problem}",
+            "Install it again: pip install --force-reinstall torch",
+        )
     build = f"CUDA {torch.cuda_build}" if torch.cuda_build else f"ROCm {torch.hip_build}" if torch.hip_build else "CPU build"
     found = f"{torch.version} ({build})"
     nvidia = [gpu for gpu in hardware.gpus if gpu.kind == "cuda"]
     if nvidia and not torch.cuda_build:
-        return Check("PyTorch", "warn", f"{found}, but there is a GPU: {nvidia[0].name}", f"Training would use the CPU: {CUDA_INSTALL}.")
+        return Check(
+            "PyTorch", "warn", f"{found}, but there is a GPU: {nvidia[0].name}", f"Training would use the CPU: {CUDA_INSTALL}."
+        )
     if nvidia and not torch.cuda_available:
         return Check(
             "PyTorch",
@@ -154,10 +170,21 @@ def check_gpus(hardware: Hardware) -> list[Check]:
     """One line per GPU, or one that says what its absence means."""
     if hardware.gpu_problem:
         text = hardware.gpu_problem
-        reboot = "Restart the machine: the driver was updated while loaded." if "mismatch" in text.lower() else "Reinstall the NVIDIA driver and restart."
+        reboot = (
+            "Restart the machine: the driver was updated while loaded."
+            if "mismatch" in text.lower()
+            else "Reinstall the NVIDIA driver and restart."
+        )
         return [Check("GPU", "fail", text, reboot)]
     if not hardware.gpus:
-        return [Check("GPU", "warn", "none", "Small models train on the CPU; for more than about a billion parameters use a machine with a GPU.")]
+        return [
+            Check(
+                "GPU",
+                "warn",
+                "none",
+                "Small models train on the CPU; for more than about a billion parameters use a machine with a GPU.",
+            )
+        ]
     return [_check_gpu(gpu, number, len(hardware.gpus)) for number, gpu in enumerate(hardware.gpus)]
 
 
@@ -176,7 +203,9 @@ def _check_gpu(gpu: Gpu, number: int, count: int) -> Check:
         return Check(name, "warn", found, "Use QLoRA, batch size 1, short sequences and a model below 1B parameters, or the CPU.")
     busy = gpu.memory_free_bytes is not None and gpu.memory_total_bytes and gpu.memory_free_bytes < 0.5 * gpu.memory_total_bytes
     if busy:
-        return Check(name, "warn", found, "Other processes hold most of its memory: see `nvidia-smi`, and end what is not needed.")
+        return Check(
+            name, "warn", found, "Other processes hold most of its memory: see `nvidia-smi`, and end what is not needed."
+        )
     return Check(name, "ok", found)
 
 
@@ -198,14 +227,23 @@ def check_cpu(hardware: Hardware) -> Check:
         return Check("CPU", "ok", f"{found}; computes in bf16")
     if hardware.gpus:
         return Check("CPU", "ok", found)
-    return Check("CPU", "warn", f"{found}; bf16 would be emulated", "On this CPU train in fp32 (`training.precision: auto` does so).")
+    return Check(
+        "CPU", "warn", f"{found}; bf16 would be emulated", "On this CPU train in fp32 (`training.precision: auto` does so)."
+    )
 
 
 def check_cores(hardware: Hardware) -> Check:
     cpu = hardware.cpu
-    found = f"{cpu.cores_granted:g} of {cpu.cores_seen} granted" + ("" if cpu.granted_by == "machine" else f" (limited by {cpu.granted_by})")
+    found = f"{cpu.cores_granted:g} of {cpu.cores_seen} granted" + (
+        "" if cpu.granted_by == "machine" else f" (limited by {cpu.granted_by})"
+    )
     if cpu.cores_granted < cpu.cores_seen:
-        return Check("Cores", "warn", found, "Threads beyond the granted cores slow training down; leave `training.threads` empty, it is measured.")
+        return Check(
+            "Cores",
+            "warn",
+            found,
+            "Threads beyond the granted cores slow training down; leave `training.threads` empty, it is measured.",
+        )
     return Check("Cores", "ok", found)
 
 
@@ -214,9 +252,13 @@ def check_threads(hardware: Hardware, environment: Mapping[str, str]) -> Check:
     threads, policy = environment.get("OMP_NUM_THREADS", ""), environment.get("OMP_WAIT_POLICY", "")
     found = f"OMP_NUM_THREADS {threads or 'not set'}, OMP_WAIT_POLICY {policy or 'not set'}"
     if threads and (not threads.isdigit() or int(threads) > max(1.0, hardware.cpu.cores_granted)):
-        return Check("OpenMP", "warn", found, f"Unset OMP_NUM_THREADS, or set it to at most {max(1, int(hardware.cpu.cores_granted))}.")
+        return Check(
+            "OpenMP", "warn", found, f"Unset OMP_NUM_THREADS, or set it to at most {max(1, int(hardware.cpu.cores_granted))}."
+        )
     if policy.upper() == "ACTIVE":
-        return Check("OpenMP", "warn", found, "Set OMP_WAIT_POLICY=PASSIVE: waiting threads that spin can cost tenfold on shared cores.")
+        return Check(
+            "OpenMP", "warn", found, "Set OMP_WAIT_POLICY=PASSIVE: waiting threads that spin can cost tenfold on shared cores."
+        )
     return Check("OpenMP", "ok", found)
 
 
@@ -225,16 +267,25 @@ def check_memory(hardware: Hardware) -> Check:
     limit = "" if memory.limited_by == "machine" else f" ({memory.limited_by})"
     found = f"{_gib(memory.available_bytes)} available of {_gib(memory.total_bytes)}{limit}"
     if memory.available_bytes < MEMORY_FAIL_BYTES:
-        return Check("Memory", "fail", found, "Close other programs or raise the container's limit: loading torch and a small model needs about 1 GiB.")
+        return Check(
+            "Memory",
+            "fail",
+            found,
+            "Close other programs or raise the container's limit: loading torch and a small model needs about 1 GiB.",
+        )
     if memory.available_bytes < MEMORY_WARN_BYTES:
-        return Check("Memory", "warn", found, "Enough for small models only; close other programs or raise the container's limit.")
+        return Check(
+            "Memory", "warn", found, "Enough for small models only; close other programs or raise the container's limit."
+        )
     return Check("Memory", "ok", found)
 
 
 def check_disk(hardware: Hardware, workspace: Path) -> Check:
     found = f"{_gib(hardware.disk_free_bytes)} free for {workspace}"
     if hardware.disk_free_bytes < DISK_FAIL_BYTES:
-        return Check("Disk", "fail", found, "Free some space or choose another folder with --workspace: checkpoints would not fit.")
+        return Check(
+            "Disk", "fail", found, "Free some space or choose another folder with --workspace: checkpoints would not fit."
+        )
     if hardware.disk_free_bytes < DISK_WARN_BYTES:
         return Check("Disk", "warn", found, "A 7B model takes 15 GB and each export a copy: free some space or use --workspace.")
     return Check("Disk", "ok", found)
@@ -250,7 +301,12 @@ def check_workspace(workspace: Path) -> Check:
             pass
     except OSError as error:
         who = f", owned by {_owner(nearest)}" if nearest.exists() else ""
-        return Check("Workspace", "fail", f"{nearest} cannot be written ({error.strerror}{who})", "Give this user write access, or use --workspace.")
+        return Check(
+            "Workspace",
+            "fail",
+            f"{nearest} cannot be written ({error.strerror}{who})",
+            "Give this user write access, or use --workspace.",
+        )
     return Check("Workspace", "ok", f"{workspace} can be written" + ("" if workspace.exists() else " (will be created)"))
 
 
@@ -278,7 +334,11 @@ def check_token(environment: Mapping[str, str]) -> Check:
         present = path.is_file() and path.stat().st_size > 0
     except OSError:
         present = False
-    return Check("Hub token", "ok", "present (saved login)" if present else "none; needed only for gated or private models: `hf auth login`")
+    return Check(
+        "Hub token",
+        "ok",
+        "present (saved login)" if present else "none; needed only for gated or private models: `hf auth login`",
+    )
 
 
 def check_hub(environment: Mapping[str, str], connect: Callable[[str, int], None] | None = None) -> Check:
@@ -286,13 +346,23 @@ def check_hub(environment: Mapping[str, str], connect: Callable[[str, int], None
     from urllib.parse import urlsplit
 
     if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return Check("Hub", "warn", "offline mode (HF_HUB_OFFLINE)", "Only models in the cache, local folders and the bundled model can be used.")
+        return Check(
+            "Hub",
+            "warn",
+            "offline mode (HF_HUB_OFFLINE)",
+            "Only models in the cache, local folders and the bundled model can be used.",
+        )
     address = urlsplit(environment.get("HF_ENDPOINT") or "https://huggingface.co")
     host, port = address.hostname or "huggingface.co", address.port or (80 if address.scheme == "http" else 443)
     try:
         (connect or _connect)(host, port)
     except OSError as error:
-        return Check("Hub", "warn", f"{host} does not answer ({error.strerror or error})", "Check network and proxy, or use a local model folder.")
+        return Check(
+            "Hub",
+            "warn",
+            f"{host} does not answer ({error.strerror or error})",
+            "Check network and proxy, or use a local model folder.",
+        )
     return Check("Hub", "ok", f"{host} answers")
 
 

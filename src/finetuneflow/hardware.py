@@ -143,9 +143,7 @@ def run_command(arguments: Sequence[str], timeout_seconds: float) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
-def probe(
-    disk_path: Path | str = ".", *, ask_torch: bool = True, run: Runner = run_command, root: Path = Path("/")
-) -> Hardware:
+def probe(disk_path: Path | str = ".", *, ask_torch: bool = True, run: Runner = run_command, root: Path = Path("/")) -> Hardware:
     """Look at this machine. Never raises.
 
     `ask_torch=False` skips the seconds that importing torch takes (its version is still told). `run` and
@@ -485,7 +483,9 @@ def choose_threads(timings: dict[int, float]) -> ThreadChoice:
     return ThreadChoice(threads, timings, f"{threads} thread(s): measured per step {told}")
 
 
-def _time_in_turns(wanted: list[int], step: Callable[[], None], set_threads: Callable[[int], None], seconds: float) -> dict[int, float]:
+def _time_in_turns(
+    wanted: list[int], step: Callable[[], None], set_threads: Callable[[int], None], seconds: float
+) -> dict[int, float]:
     """Median milliseconds per step for each count; three rounds, the first step after a switch not counted."""
     rounds = 3
     share = seconds / (rounds * len(wanted))

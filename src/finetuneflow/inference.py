@@ -275,7 +275,13 @@ class Generator:
         ]
 
     def stream(
-        self, messages: Sequence[Message], *, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> Iterator[str]:
         """Yield one answer piece by piece; the pieces together are `Generation.text`. Closing the iterator stops the model."""
         decoding = Decoding(max_new_tokens, temperature, top_p, seed)
@@ -530,7 +536,9 @@ def load_generator(
     if adapters:
         from finetuneflow.models.adapters import load_adapters
 
-        generator.model = _with_more(generator.model, adapters) if generator.adapters else load_adapters(generator.model, adapters)
+        generator.model = (
+            _with_more(generator.model, adapters) if generator.adapters else load_adapters(generator.model, adapters)
+        )
     generator.model.eval()
     return generator
 
@@ -553,7 +561,9 @@ def _from_model(base: str, *, template: str, revision: str | None, options: Mapp
     return Generator(loaded.model, loaded.tokenizer, resolve_template(loaded.tokenizer, template), name=Path(base).name)
 
 
-def _from_adapter(folder: Path, *, with_adapter: bool, template: str, revision: str | None, options: Mapping[str, Any]) -> Generator:
+def _from_adapter(
+    folder: Path, *, with_adapter: bool, template: str, revision: str | None, options: Mapping[str, Any]
+) -> Generator:
     """An adapter folder on the base its config names; its own tokenizer files, if it has some, come first."""
     from finetuneflow.data.templates import resolve_template
     from finetuneflow.models.adapters import check_adapter_dir
@@ -617,7 +627,9 @@ def _weights_dir(run: Path, checkpoint: str | int | None, *, final: str) -> Path
     folder = checkpoint_dir(root, int(named)) if named.isdigit() else safe_join(root, named)
     if (damage := find_damage(folder)) is not None:
         there = ", ".join(c.path.name for c in list_complete(root)) or "none"
-        raise ModelError("CHECKPOINT_UNUSABLE", f"{folder.name} cannot be used: {damage}.", remedy=f"Complete checkpoints: {there}.")
+        raise ModelError(
+            "CHECKPOINT_UNUSABLE", f"{folder.name} cannot be used: {damage}.", remedy=f"Complete checkpoints: {there}."
+        )
     return folder
 
 

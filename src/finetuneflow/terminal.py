@@ -142,14 +142,23 @@ class RunView:
 
     def _on_started(self, event: Event) -> None:
         verb = "Resuming" if event["resuming"] else "Run"
-        self._print(Text.assemble((f"{verb} ", "bold"), (event["run"], "bold cyan"), (f"  attempt {event['attempt']}" if event["attempt"] > 1 else "", "dim")))
+        self._print(
+            Text.assemble(
+                (f"{verb} ", "bold"),
+                (event["run"], "bold cyan"),
+                (f"  attempt {event['attempt']}" if event["attempt"] > 1 else "", "dim"),
+            )
+        )
 
     def _on_phase(self, event: Event) -> None:
         name = event["name"]
         if name == "training":
             share = event["trainable_parameters"] / max(event["total_parameters"], 1)
             self._print(
-                Text.assemble(("training ", "bold"), f"{event['trainable_parameters']:,} of {event['total_parameters']:,} parameters ({percent(share)})")
+                Text.assemble(
+                    ("training ", "bold"),
+                    f"{event['trainable_parameters']:,} of {event['total_parameters']:,} parameters ({percent(share)})",
+                )
             )
         elif "step" not in event:
             self._print(Text(name, style="bold"))
@@ -159,7 +168,8 @@ class RunView:
         if key not in self._seen_decisions:
             self._seen_decisions.add(key)
             self._print_item(
-                Text("· ", "dim"), Text.assemble((f"{event['setting']} = {clean(str(event['value']))}  ", "cyan"), (clean(event["reason"]), "dim"))
+                Text("· ", "dim"),
+                Text.assemble((f"{event['setting']} = {clean(str(event['value']))}  ", "cyan"), (clean(event["reason"]), "dim")),
             )
 
     def _on_warning(self, event: Event) -> None:
@@ -198,11 +208,21 @@ class RunView:
 
     def _on_complete(self, event: Event) -> None:
         self.close()
-        self._print(Text.assemble(("Done ", "bold green"), f"{event['total_steps']} steps in {human_time(event['seconds'])}, mean training loss {event['train_loss']:.4f}"))
+        self._print(
+            Text.assemble(
+                ("Done ", "bold green"),
+                f"{event['total_steps']} steps in {human_time(event['seconds'])}, mean training loss {event['train_loss']:.4f}",
+            )
+        )
 
     def _on_stopped(self, event: Event) -> None:
         self.close()
-        self._print(Text.assemble(("Stopped ", "bold yellow"), f"after step {event['step']} ({event['reason']}). `ftf resume` goes on from the last checkpoint."))
+        self._print(
+            Text.assemble(
+                ("Stopped ", "bold yellow"),
+                f"after step {event['step']} ({event['reason']}). `ftf resume` goes on from the last checkpoint.",
+            )
+        )
 
     def _on_failed(self, event: Event) -> None:
         self.close()

@@ -31,7 +31,11 @@ EXAMPLES_PER_REASON = 2
 def show_data_report(report: FileReport) -> None:
     """One file: what it is, what can be used, what cannot and why, what to know before training on it."""
     if report.error is not None:
-        console.print(Text.assemble(("✗ ", "red"), (clean(report.file), "bold"), f"  {clean(report.error['detail'])} [{report.error['error_code']}]"))
+        console.print(
+            Text.assemble(
+                ("✗ ", "red"), (clean(report.file), "bold"), f"  {clean(report.error['detail'])} [{report.error['error_code']}]"
+            )
+        )
         if remedy := report.error["context"].get("remedy"):
             console.print(Text(f"  {clean(remedy)}", style="dim"))
         return
@@ -73,7 +77,9 @@ def _show_tokens(report: FileReport) -> None:
         f"per example {tokens.shortest} to {tokens.longest:,}, median {tokens.median}, 95 % below {tokens.p95:,}"
     )
     if tokens.max_length:
-        console.print(f"  over {tokens.max_length:,}   {tokens.rows_over:,} examples, which lose {tokens.answer_tokens_lost:,} answer tokens")
+        console.print(
+            f"  over {tokens.max_length:,}   {tokens.rows_over:,} examples, which lose {tokens.answer_tokens_lost:,} answer tokens"
+        )
     widest = max(tokens.histogram.values(), default=1) or 1
     for edge, count in tokens.histogram.items():
         if count:
@@ -89,11 +95,22 @@ def _counts(counts: dict[str, int]) -> str:
 
 def show_suite(result: SuiteResult, *, title: str | None = None) -> None:
     """Pass share per tag, and the failures."""
-    console.print(Text.assemble((f"{title or result.suite}: ", "bold"), f"{result.passed} of {len(result.items)} prompts passed ({percent(result.pass_share)})"))
-    rows = [(tag, f"{part['passed']:.0f}/{part['prompts']:.0f}", _bar(part["pass_share"])) for tag, part in result.by_tag().items()]
+    console.print(
+        Text.assemble(
+            (f"{title or result.suite}: ", "bold"),
+            f"{result.passed} of {len(result.items)} prompts passed ({percent(result.pass_share)})",
+        )
+    )
+    rows = [
+        (tag, f"{part['passed']:.0f}/{part['prompts']:.0f}", _bar(part["pass_share"])) for tag, part in result.by_tag().items()
+    ]
     console.print(table(None, ["  tag", "passed", ""], [(f"  {a}", b, c) for a, b, c in rows], right=(1,)))
     for item in result.failures[:8]:
-        console.print(Text.assemble(("  ✗ ", "red"), (item.id, "bold"), f"  {clean(item.answer[:80])!r}  ", (clean("; ".join(item.reasons)), "dim")))
+        console.print(
+            Text.assemble(
+                ("  ✗ ", "red"), (item.id, "bold"), f"  {clean(item.answer[:80])!r}  ", (clean("; ".join(item.reasons)), "dim")
+            )
+        )
 
 
 def _bar(share: float, width: int = 20) -> str:
@@ -153,7 +170,15 @@ def show_comparison(result: Comparison, *, items: int = 6) -> None:
 
 def _measure_row(m: Measure) -> tuple[str, ...]:
     gain = f"{m.difference.mean:+.4g} ({m.difference.low:+.3g} to {m.difference.high:+.3g})"
-    return (f"{m.name} ({m.unit})", f"{m.a:.4g}", f"{m.b:.4g}", gain, f"{m.wins}/{m.ties}/{m.losses}", f"{m.sign_test_p:.2g}", m.verdict)
+    return (
+        f"{m.name} ({m.unit})",
+        f"{m.a:.4g}",
+        f"{m.b:.4g}",
+        gain,
+        f"{m.wins}/{m.ties}/{m.losses}",
+        f"{m.sign_test_p:.2g}",
+        m.verdict,
+    )
 
 
 # --- export and doctor --------------------------------------------------------------------------------
@@ -162,7 +187,14 @@ def _measure_row(m: Measure) -> tuple[str, ...]:
 def show_export(result: ExportResult) -> None:
     check = result.check
     console.print(Text.assemble(("Exported ", "bold green"), (str(result.dir), "bold")))
-    console.print(table(None, ["  file", "size", "sha256"], [(f"  {f.name}", human_bytes(f.bytes), f.sha256[:16]) for f in result.files], right=(1,)))
+    console.print(
+        table(
+            None,
+            ["  file", "size", "sha256"],
+            [(f"  {f.name}", human_bytes(f.bytes), f.sha256[:16]) for f in result.files],
+            right=(1,),
+        )
+    )
     console.print(
         f"  checked by loading it again: {check.compared}; {check.same_texts} of {check.prompts} greedy texts the same, "
         f"largest logit difference {check.max_abs_diff:.2g} (relative error {check.error:.2g}, allowed {check.tolerance:.2g})"
@@ -173,4 +205,6 @@ def show_doctor(checks: Sequence[Check]) -> None:
     for check in checks:
         mark, colour = MARKS[check.status]
         line = Text.assemble((mark, colour), f"  {check.name:<22}", clean(check.found))
-        console.print(Group(line, Text(f"          → {clean(check.remedy)}", style="dim")) if check.remedy else line, soft_wrap=True)
+        console.print(
+            Group(line, Text(f"          → {clean(check.remedy)}", style="dim")) if check.remedy else line, soft_wrap=True
+        )

@@ -48,7 +48,9 @@ def safe_join(root: Path, *parts: str) -> Path:
     joined = root.joinpath(*parts)
     resolved, resolved_root = joined.resolve(), root.resolve()
     if any("\0" in part for part in parts) or not resolved.is_relative_to(resolved_root):
-        raise StorageError("STORAGE_BAD_NAME", f"The path {'/'.join(parts)[:120]!r} leaves its folder.", remedy="Use a name inside the folder.")
+        raise StorageError(
+            "STORAGE_BAD_NAME", f"The path {'/'.join(parts)[:120]!r} leaves its folder.", remedy="Use a name inside the folder."
+        )
     return joined
 
 
@@ -125,7 +127,14 @@ def translate_os_errors(path: Path, *, needed_bytes: int | None = None) -> Itera
 
 # torch ("PytorchStreamWriter failed writing file", "unexpected pos") and safetensors ("(os error 28)": no space,
 # 27: file too large, 122: quota) report a full disk in errors of their own, as text.
-FULL_DISK_SIGNS = ("failed writing file", "file write failed", "unexpected pos", "(os error 28)", "(os error 27)", "(os error 122)")
+FULL_DISK_SIGNS = (
+    "failed writing file",
+    "file write failed",
+    "unexpected pos",
+    "(os error 28)",
+    "(os error 27)",
+    "(os error 122)",
+)
 
 
 @contextlib.contextmanager

@@ -135,7 +135,12 @@ def main(root):
     with (root / "truthfulqa/TruthfulQA.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     good = sum(filled(row["Question"], row["Best Answer"]) for row in rows)
-    table["truthfulqa/TruthfulQA.csv"] = {"shape": "question+best_answer", "rows": len(rows), "usable": good, "rejected": len(rows) - good}
+    table["truthfulqa/TruthfulQA.csv"] = {
+        "shape": "question+best_answer",
+        "rows": len(rows),
+        "usable": good,
+        "rejected": len(rows) - good,
+    }
     for path in sorted([root / "llamafactory/wiki_demo.txt", *root.glob("documents/**/*.txt"), *root.glob("documents/**/*.md")]):
         rows = text_rows(path)
         table[str(path.relative_to(root))] = {"shape": "text", "rows": rows, "usable": rows, "rejected": 0}

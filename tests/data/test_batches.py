@@ -15,7 +15,9 @@ lists = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=20), min_size
 @settings(max_examples=60, deadline=None)
 @given(rows=lists, multiple=st.sampled_from([1, 8, 64]))
 def test_every_token_and_label_is_where_it_was_and_all_else_is_masked(rows: list[list[int]], multiple: int) -> None:
-    batch = Collator(PAD, multiple_of=multiple)([{"index": 100 + i, "input_ids": row, "labels": row[::-1]} for i, row in enumerate(rows)])
+    batch = Collator(PAD, multiple_of=multiple)(
+        [{"index": 100 + i, "input_ids": row, "labels": row[::-1]} for i, row in enumerate(rows)]
+    )
     width = batch["input_ids"].shape[1]
     assert width % multiple == 0 and max(map(len, rows)) <= width < max(map(len, rows)) + multiple
     assert batch["row_ids"].tolist() == [100 + i for i in range(len(rows))]
@@ -28,7 +30,9 @@ def test_every_token_and_label_is_where_it_was_and_all_else_is_masked(rows: list
 
 def test_a_padding_token_inside_a_row_stays_visible_and_supervised() -> None:
     """Where padding and end of turn are one token, the end is still learned."""
-    batch = Collator(PAD, multiple_of=1)([{"index": 0, "input_ids": [1, PAD], "labels": [IGNORED, PAD]}, {"index": 1, "input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
+    batch = Collator(PAD, multiple_of=1)(
+        [{"index": 0, "input_ids": [1, PAD], "labels": [IGNORED, PAD]}, {"index": 1, "input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+    )
     assert batch["attention_mask"][0].tolist() == [1, 1, 0] and batch["labels"][0].tolist() == [IGNORED, PAD, IGNORED]
 
 

@@ -67,7 +67,11 @@ def turns(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
         ({"question": "q", "answer": "a"}, "question+answer", "q"),
         ({"title": "t", "question": "q", "answer": "a"}, "title+question+answer", "t\n\nq"),
         ({"context": "c", "question": "q", "answer": "a"}, "context+question+answer", "c\n\nq"),
-        ({"title": "t", "context": "c", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 3]}}, "context+question+answers", "c\n\nq"),
+        (
+            {"title": "t", "context": "c", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 3]}},
+            "context+question+answers",
+            "c\n\nq",
+        ),
         ({"prompt": "p", "completion": "a"}, "prompt+completion", "p"),
         ({"prompt": "p", "response": "a"}, "prompt+response", "p"),
         ({"prompt": "p", "answer": "a"}, "prompt+answer", "p"),
@@ -85,7 +89,9 @@ def test_instruction_rows_and_their_synonyms(fields: dict[str, Any], shape: str,
 
 
 def test_shapes_may_be_mixed_in_one_file() -> None:
-    items = convert({"question": "q", "answer": "a"}, {"text": "t"}, {"messages": turns(("user", "q"), ("assistant", "a"))}, {"nonsense": 1})
+    items = convert(
+        {"question": "q", "answer": "a"}, {"text": "t"}, {"messages": turns(("user", "q"), ("assistant", "a"))}, {"nonsense": 1}
+    )
     assert [item.shape for item in items] == ["question+answer", "text", "messages", ""]
 
 
@@ -104,7 +110,9 @@ def test_no_input_in_many_spellings(marker: str) -> None:
     assert example.messages[0].content == "i" and example.notes == ("no_input_marker",)
 
 
-@pytest.mark.parametrize("given_input", ["Nonet", "no input devices were found", "Inputs: none of these", "Nobody", "N/A is a chemical formula"])
+@pytest.mark.parametrize(
+    "given_input", ["Nonet", "no input devices were found", "Inputs: none of these", "Nobody", "N/A is a chemical formula"]
+)
 def test_an_input_that_only_resembles_a_marker_is_kept(given_input: str) -> None:
     assert one({"instruction": "i", "input": given_input, "output": "a"}).messages[0].content == f"i\n\n{given_input}"
 
@@ -167,10 +175,26 @@ def test_openai_messages_with_parts_weights_tools_and_null_content() -> None:
 
 
 def test_sharegpt_roles_calls_and_tools_as_json_text() -> None:
-    said = [("system", "s"), ("human", "q"), ("function_call", '{"name": "f", "arguments": {"x": 1}}'), ("observation", "r"), ("gpt", "a"), ("user", "q2"), ("assistant", "a2")]
+    said = [
+        ("system", "s"),
+        ("human", "q"),
+        ("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+        ("observation", "r"),
+        ("gpt", "a"),
+        ("user", "q2"),
+        ("assistant", "a2"),
+    ]
     example = one({"conversations": [{"from": role, "value": value} for role, value in said], "tools": '[{"name": "f"}]'})
     assert example.shape == "sharegpt" and example.tools == ({"name": "f"},)
-    assert [message.role for message in example.messages] == ["system", "user", "assistant", "tool", "assistant", "user", "assistant"]
+    assert [message.role for message in example.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     assert example.messages[2].tool_calls == (ToolCall("f", {"x": 1}),)
 
 
@@ -185,16 +209,26 @@ def test_a_conversation_in_a_table_cell_is_parsed() -> None:
         ([("user", "q"), ("assistant", "a"), ("user", "bye")], (U("q"), A("a")), "ends_without_answer"),
         ([("user", "q"), ("assistant", "a"), ("assistant", " ")], (U("q"), A("a")), "same_role_twice"),
         ([("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "")], (U("q"), A("a")), "empty_answer_dropped"),
-        ([("user", "q"), ("assistant", ""), ("user", "r"), ("assistant", "a")], (U("q"), Message("assistant", "", weight=0.0), U("r"), A("a")), "empty_answer_unsupervised"),
+        (
+            [("user", "q"), ("assistant", ""), ("user", "r"), ("assistant", "a")],
+            (U("q"), Message("assistant", "", weight=0.0), U("r"), A("a")),
+            "empty_answer_unsupervised",
+        ),
         ([("user", "q"), ("user", "r"), ("assistant", "a")], (U("q\n\nr"), A("a")), "same_role_twice"),
         ([("user", "q"), ("assistant", "a"), ("assistant", "b")], (U("q"), A("a\n\nb")), "same_role_twice"),
         ([("assistant", "hello"), ("user", "q"), ("assistant", "a")], (U("q"), A("a")), "starts_with_assistant"),
         ([("system", " "), ("user", "q"), ("assistant", "a")], (U("q"), A("a")), "empty_system_dropped"),
         ([("user", "q"), ("system", "s"), ("assistant", "a")], (U("q"), S("s"), A("a")), "system_in_the_middle"),
-        ([("user", "q"), ("assistant", "a"), ("user", ""), ("assistant", "b")], (U("q"), A("a"), U(""), A("b")), "empty_user_turn"),
+        (
+            [("user", "q"), ("assistant", "a"), ("user", ""), ("assistant", "b")],
+            (U("q"), A("a"), U(""), A("b")),
+            "empty_user_turn",
+        ),
     ],
 )
-def test_repairs_of_conversations_are_made_and_noted(written: list[tuple[str, str]], kept: tuple[Message, ...], note: str) -> None:
+def test_repairs_of_conversations_are_made_and_noted(
+    written: list[tuple[str, str]], kept: tuple[Message, ...], note: str
+) -> None:
     example = one({"messages": turns(*written)})
     assert example.messages == kept and note in example.notes
 
@@ -226,7 +260,15 @@ def test_conversations_that_cannot_be_learned_are_rejected(written: list[tuple[A
 
 
 @pytest.mark.parametrize(
-    ("role", "meant"), [("bot", "assistant"), ("assistent", "assistant"), ("usr", "user"), ("sytem", "system"), ("customer", "user"), ("AI", "assistant")]
+    ("role", "meant"),
+    [
+        ("bot", "assistant"),
+        ("assistent", "assistant"),
+        ("usr", "user"),
+        ("sytem", "system"),
+        ("customer", "user"),
+        ("AI", "assistant"),
+    ],
 )
 def test_an_unknown_role_names_the_one_meant(role: str, meant: str) -> None:
     assert problem({"messages": turns(("user", "q"), (role, "a"))}).hint == f"role `{role}`: did you mean `{meant}`?"
@@ -246,7 +288,10 @@ def test_a_result_for_an_unknown_call_is_rejected_and_a_call_without_result_note
     calling = {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", "name": "f", "arguments": {}}]}
     other = {"role": "tool", "tool_call_id": "c2", "content": "r"}
     assert problem({"messages": [*turns(("user", "q")), calling, other, *turns(("assistant", "a"))]}).code == "ROW_BAD_TOOL_CALL"
-    assert "tool_call_without_result" in one({"messages": [*turns(("user", "q")), calling, *turns(("user", "r"), ("assistant", "a"))]}).notes
+    assert (
+        "tool_call_without_result"
+        in one({"messages": [*turns(("user", "q")), calling, *turns(("user", "r"), ("assistant", "a"))]}).notes
+    )
     assert one({"messages": [*turns(("user", "q")), calling]}).messages[-1].tool_calls
 
 
@@ -290,9 +335,18 @@ def flat(node: dict[str, Any], parent: str | None = None) -> list[dict[str, Any]
 
 
 def test_flat_parent_linked_rows_give_the_same_path_as_the_tree() -> None:
-    other = {"message_id": "z", "text": "q2", "role": "prompter", "replies": [{"message_id": "y", "text": "a2", "role": "assistant", "replies": []}]}
+    other = {
+        "message_id": "z",
+        "text": "q2",
+        "role": "prompter",
+        "replies": [{"message_id": "y", "text": "a2", "role": "assistant", "replies": []}],
+    }
     items = convert(*flat(TREE), *flat(other), {"question": "q3", "answer": "a3"})
-    assert [item.messages for item in items if isinstance(item, Example)] == [(U("q"), A("first"), U("r"), A("last")), (U("q2"), A("a2")), (U("q3"), A("a3"))]
+    assert [item.messages for item in items if isinstance(item, Example)] == [
+        (U("q"), A("first"), U("r"), A("last")),
+        (U("q2"), A("a2")),
+        (U("q3"), A("a3")),
+    ]
     assert items[0].shape == "oasst-flat" and items[0].place.row == 0
 
 
@@ -346,7 +400,9 @@ def test_pairs_that_teach_nothing_are_rejected(fields: dict[str, Any], code: str
     assert problem(fields).code == code
 
 
-@pytest.mark.parametrize(("label", "meaning"), [(True, True), (False, False), (1, True), (0, False), ("true", True), ("False", False)])
+@pytest.mark.parametrize(
+    ("label", "meaning"), [(True, True), (False, False), (1, True), (0, False), ("true", True), ("False", False)]
+)
 def test_kto_labels(label: Any, meaning: bool) -> None:
     for fields in ({"prompt": "q", "completion": "a"}, {"messages": turns(("user", "q"), ("assistant", "a"))}):
         example = one({**fields, "label": label})
@@ -369,7 +425,11 @@ def test_a_label_that_is_neither_true_nor_false_is_rejected() -> None:
         ({"id": "x", "ground_truth": [{}]}, "ROW_NO_PROMPT", "ground_truth"),
         ({"question_id": 1, "category": "c", "turns": ["q1", "q2"]}, "ROW_NO_ANSWER", "turns"),
         ({"question_id": 1, "choices": [{"turns": ["a"]}]}, "ROW_NO_PROMPT", "choices"),
-        ({"name": "pair", "type": "pairwise", "system_prompt": "s", "prompt_template": "t"}, "ROW_NOT_AN_EXAMPLE", "judge-prompts"),
+        (
+            {"name": "pair", "type": "pairwise", "system_prompt": "s", "prompt_template": "t"},
+            "ROW_NOT_AN_EXAMPLE",
+            "judge-prompts",
+        ),
         ({"question": "q", "answer": None}, "ROW_NO_ANSWER", "question"),
         ({"question": "q", "answer": ""}, "ROW_EMPTY_ANSWER", "question+answer"),
         ({"question": "", "answer": "a"}, "ROW_NO_PROMPT", "question+answer"),
@@ -395,7 +455,14 @@ def test_an_unknown_column_names_the_one_meant_and_a_wrapped_list_its_key() -> N
 
 
 @pytest.mark.parametrize(
-    ("value", "text", "note"), [("4", "4", ()), (4, "4", ("number_as_text",)), (4.5, "4.5", ("number_as_text",)), (["4"], "4", ("list_of_one",)), (["4", "5"], "4", ("first_of_several",))]
+    ("value", "text", "note"),
+    [
+        ("4", "4", ()),
+        (4, "4", ("number_as_text",)),
+        (4.5, "4.5", ("number_as_text",)),
+        (["4"], "4", ("list_of_one",)),
+        (["4", "5"], "4", ("first_of_several",)),
+    ],
 )
 def test_drifting_types_are_mapped_and_noted(value: Any, text: str, note: tuple[str, ...]) -> None:
     example = one({"question": "2+2?", "answer": value})
@@ -437,21 +504,45 @@ def test_a_mapping_to_a_missing_column_or_with_too_little_is_named() -> None:
 
 text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
 roles = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "bot"])
-calls = st.fixed_dictionaries({"name": text, "arguments": st.dictionaries(text, st.integers() | text, max_size=2)}, optional={"id": text})
+calls = st.fixed_dictionaries(
+    {"name": text, "arguments": st.dictionaries(text, st.integers() | text, max_size=2)}, optional={"id": text}
+)
 message = st.fixed_dictionaries(
-    {"role": roles, "content": text | st.none() | st.integers() | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": text}), max_size=2)},
-    optional={"tool_calls": st.lists(calls, max_size=2), "weight": st.sampled_from([0, 1, 0.5]), "tool_call_id": text, "name": text},
+    {
+        "role": roles,
+        "content": text
+        | st.none()
+        | st.integers()
+        | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": text}), max_size=2),
+    },
+    optional={
+        "tool_calls": st.lists(calls, max_size=2),
+        "weight": st.sampled_from([0, 1, 0.5]),
+        "tool_call_id": text,
+        "name": text,
+    },
 )
 conversation = st.lists(message, max_size=6)
 answer = text | st.integers() | st.none()
 known_rows = st.one_of(
-    st.fixed_dictionaries({"instruction": answer, "output": answer}, optional={"input": answer, "system": answer, "group": answer}),
-    st.fixed_dictionaries({"messages": conversation}, optional={"tools": st.lists(st.dictionaries(text, text, max_size=1), max_size=1), "label": st.booleans()}),
-    st.fixed_dictionaries({"chosen": conversation | text, "rejected": conversation | text}, optional={"prompt": text | conversation}),
+    st.fixed_dictionaries(
+        {"instruction": answer, "output": answer}, optional={"input": answer, "system": answer, "group": answer}
+    ),
+    st.fixed_dictionaries(
+        {"messages": conversation},
+        optional={"tools": st.lists(st.dictionaries(text, text, max_size=1), max_size=1), "label": st.booleans()},
+    ),
+    st.fixed_dictionaries(
+        {"chosen": conversation | text, "rejected": conversation | text}, optional={"prompt": text | conversation}
+    ),
     st.fixed_dictionaries({"text": text}),
     st.fixed_dictionaries({"prompt": text, "completion": text, "label": st.booleans()}),
 )
-any_json = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text, lambda x: st.lists(x, max_size=3) | st.dictionaries(text, x, max_size=3), max_leaves=8)
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(text, x, max_size=3),
+    max_leaves=8,
+)
 known_names = st.sampled_from([
     "messages", "conversations", "turns", "prompt", "question", "instruction", "input", "output", "answer", "chosen",
     "rejected", "label", "kto_tag", "text", "content", "instances", "replies", "message_id", "parent_id", "role", "tools",
@@ -459,7 +550,9 @@ known_names = st.sampled_from([
     "message_tree_id",
 ])  # fmt: skip
 wild_rows = st.dictionaries(known_names, any_json | conversation, max_size=5)
-property_settings = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+property_settings = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @property_settings
@@ -487,7 +580,14 @@ def test_canonical_json_lines_come_back_equal(tmp_path: Path, rows: list[dict[st
 
 @pytest.mark.shared_data
 @pytest.mark.parametrize(
-    "name", ["llamafactory/glaive_toolcall_en_demo.json", "llamafactory/dpo_en_demo.json", "hh_rlhf/harmless-base-test.rows0-499.jsonl.gz", "llamafactory/identity.json", "mlx/lora_test.jsonl"]
+    "name",
+    [
+        "llamafactory/glaive_toolcall_en_demo.json",
+        "llamafactory/dpo_en_demo.json",
+        "hh_rlhf/harmless-base-test.rows0-499.jsonl.gz",
+        "llamafactory/identity.json",
+        "mlx/lora_test.jsonl",
+    ],
 )
 def test_canonical_form_of_real_files_comes_back_equal(tmp_path: Path, shared_data: Path, name: str) -> None:
     items = list(to_examples(read_rows(shared_data / name)))
@@ -534,7 +634,11 @@ def test_hostile_names_in_a_row_are_escaped_in_its_problem(role: str) -> None:
         {"text": "{{" * 300_000},
         {"text": "\n\nHuman: " * 60_000 + "Assistant:"},
         {"messages": [{"role": "user", "content": "u"}] * 100_000 + [{"role": "assistant", "content": "a"}]},
-        {"messages": turns(("user", "u"), ("assistant", "<tool_call>")) + [{"role": "tool", "content": "r"}] * 50_000 + turns(("assistant", "a"))},
+        {
+            "messages": turns(("user", "u"), ("assistant", "<tool_call>"))
+            + [{"role": "tool", "content": "r"}] * 50_000
+            + turns(("assistant", "a"))
+        },
     ],
 )
 def test_rows_made_to_be_slow_are_read_in_time(fields: dict[str, Any]) -> None:
@@ -546,7 +650,12 @@ def test_rows_made_to_be_slow_are_read_in_time(fields: dict[str, Any]) -> None:
 def test_a_flat_tree_without_end_is_held_in_bounded_memory() -> None:
     def rows() -> Any:
         for i in range(30_000):
-            message = {"message_id": str(i), "parent_id": str(i - 1) if i else None, "text": "t", "role": "assistant" if i % 2 else "prompter"}
+            message = {
+                "message_id": str(i),
+                "parent_id": str(i - 1) if i else None,
+                "text": "t",
+                "role": "assistant" if i % 2 else "prompter",
+            }
             yield Row(Place("f", i), message)
 
     items = list(to_examples(rows()))

@@ -14,6 +14,7 @@ import pytest
 
 from finetuneflow.data import prepare as preparing
 from finetuneflow.data.prepare import Prepared, Recipe, prepare
+from finetuneflow.data.spool import Spool
 from finetuneflow.data.templates import Template, resolve_template
 from finetuneflow.data.tokens import Policy
 from finetuneflow.errors import DataError, FineTuneFlowError
@@ -61,7 +62,10 @@ def kitchen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kitchen:
 
 
 def rows(count: int, *, start: int = 0) -> list[dict[str, str]]:
-    return [{"instruction": f"What is {n} plus {7 * n}? {'Think. ' * (n % 4)}", "output": f"It is {8 * n}."} for n in range(start, start + count)]
+    return [
+        {"instruction": f"What is {n} plus {7 * n}? {'Think. ' * (n % 4)}", "output": f"It is {8 * n}."}
+        for n in range(start, start + count)
+    ]
 
 
 @pytest.fixture
@@ -99,7 +103,9 @@ def test_whatever_shapes_the_tokens_gives_them_another_place(kitchen: Kitchen, r
     assert after.digest != before.digest and after.folder != before.folder and kitchen.tokenized > 0
 
 
-def test_another_tokenizer_template_or_version_of_our_code_gives_another_place(kitchen: Kitchen, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_tokenizer_template_or_version_of_our_code_gives_another_place(
+    kitchen: Kitchen, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     digests = {kitchen.cook(recipe).digest, kitchen.cook(recipe, tokenizer="u").digest}
     digests.add(kitchen.cook(recipe, template=resolve_template(tiny_tokenizer(), "plain", consent=True)).digest)
     monkeypatch.setattr(preparing, "source_digest", lambda *rooms: "newer")
@@ -124,7 +130,9 @@ class Killed(BaseException):
     pass
 
 
-def test_a_build_that_is_interrupted_leaves_nothing_that_is_taken_for_a_cache(kitchen: Kitchen, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_is_interrupted_leaves_nothing_that_is_taken_for_a_cache(
+    kitchen: Kitchen, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(*args: Any, **kwargs: Any) -> None:
         raise Killed
 
@@ -154,7 +162,9 @@ def test_the_manifest_counts_what_is_there(kitchen: Kitchen) -> None:
     assert (len(train), len(held_out)) == (manifest["train_rows"], manifest["eval_rows"]) == (54, 6)
     assert sum(manifest["rejected"].values()) == 3 and len(manifest["rejected"]) == 3
     tokens = sum(len(ids) for ids in train["input_ids"])
-    assert manifest["avg_tokens"] == pytest.approx(tokens / 54) and list(train["length"]) == [len(ids) for ids in train["input_ids"]]
+    assert manifest["avg_tokens"] == pytest.approx(tokens / 54) and list(train["length"]) == [
+        len(ids) for ids in train["input_ids"]
+    ]
     supervised = sum(label != -100 for labels in train["labels"] for label in labels)
     assert manifest["supervised_share"] == pytest.approx(supervised / tokens)
     assert manifest["train"] == [{"file": name, "bytes": os.path.getsize(name), "sha256": _sha256(name)}]
@@ -247,3 +257,19 @@ def test_nothing_but_the_cache_folder_is_written(kitchen: Kitchen, recipe: Recip
     assert {path.name for path in kitchen.root.iterdir()} - before == {"cache"}
     shutil.rmtree(prepared.folder)
     assert len(kitchen.cook(recipe).train) == 36
+
+
+def test_tokens_are_the_same_when_examples_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"instruction": f"Say {n} twice", "output": f"{n} {n} {n * 7}"}) + "\n" for n in range(60))
+    )
+    template = resolve_template(tiny_tokenizer())
+    made = []
+    for number, limit in enumerate((10**9, 100)):
+        monkeypatch.setattr(preparing, "Spool", lambda folder, limit=limit: Spool(folder, memory_chars=limit))
+        prepared = preparing.prepare(
+            preparing.Recipe(train=(str(rows),)), "t", template, tmp_path / f"cache{number}", lambda name, /, **fields: {}
+        )
+        made.append((prepared.train.to_list(), prepared.eval.to_list(), prepared.manifest["rejected"]))
+    assert made[0] == made[1] and len(made[0][0]) == 54

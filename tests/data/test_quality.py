@@ -104,7 +104,10 @@ def test_near_duplicates_agree_with_exact_jaccard_by_brute_force() -> None:
 
 
 def test_near_duplicates_are_counted_beyond_the_exact_ones() -> None:
-    texts = ["The quick brown fox jumps over the lazy dog near the river bank, then it runs home to sleep until the next morning comes around again", "Une phrase tout autre, sans rapport avec la première, en français"]
+    texts = [
+        "The quick brown fox jumps over the lazy dog near the river bank, then it runs home to sleep until the next morning comes around again",
+        "Une phrase tout autre, sans rapport avec la première, en français",
+    ]
     questions = [texts[0], texts[0], texts[0] + "!", texts[0].upper(), texts[1], texts[1]]
     report = inspect_examples([pair(i, question, "yes") for i, question in enumerate(questions)], file="f")
     assert report.duplicates == 2 and report.near_duplicates == 2
@@ -112,14 +115,26 @@ def test_near_duplicates_are_counted_beyond_the_exact_ones() -> None:
 
 def test_a_long_shared_system_prompt_does_not_make_rows_alike() -> None:
     system = Message("system", "You are Socrates and never answer. " * 20)
-    examples = [Example("chat", Place("f", i), "s", (system, *pair(i, f"question {i} about {i * 7} things", f"answer {i} is {i * 13}").messages)) for i in range(30)]
+    examples = [
+        Example(
+            "chat",
+            Place("f", i),
+            "s",
+            (system, *pair(i, f"question {i} about {i * 7} things", f"answer {i} is {i * 13}").messages),
+        )
+        for i in range(30)
+    ]
     assert len(set(near_clusters(examples))) == 30
 
 
 def test_scripts_without_spaces_are_compared_by_characters() -> None:
     text = "识别并解释给定列表中的两个科学理论：细胞理论和日心说。细胞理论是生物科学的一个理论。"
     assert words_of(text)[:3] == ["识", "别", "并"]
-    alike = [pair(0, text, "好"), pair(1, text.replace("两个", "三个"), "好"), pair(2, "今天天气很好，我们去公园散步吧，晚上再回家吃饭看电视。", "好")]
+    alike = [
+        pair(0, text, "好"),
+        pair(1, text.replace("两个", "三个"), "好"),
+        pair(2, "今天天气很好，我们去公园散步吧，晚上再回家吃饭看电视。", "好"),
+    ]
     assert near_clusters(alike) == [0, 0, 2]
 
 
@@ -143,25 +158,39 @@ def measure_words(examples: Sequence[Example]) -> Iterable[Size | Problem]:
 
 
 def test_token_counts_follow_the_measure(tmp_path: Path) -> None:
-    examples = [pair(i, "w " * prompt, "v " * answer) for i, (prompt, answer) in enumerate([(10, 10), (20, 30), (50, 10), (13, 1), (1, 99)])]
+    examples = [
+        pair(i, "w " * prompt, "v " * answer)
+        for i, (prompt, answer) in enumerate([(10, 10), (20, 30), (50, 10), (13, 1), (1, 99)])
+    ]
     report = inspect_examples(examples, file="f", measure=measure_words, max_length=40)
     tokens = report.tokens
     assert tokens is not None
     assert (tokens.total, tokens.supervised, tokens.shortest, tokens.longest) == (230, 149, 20, 100)
     assert (tokens.rows_over, tokens.answer_tokens_lost) == (3, 10 + 10 + 60)
-    assert tokens.histogram["<=32"] == 1 and tokens.histogram["<=64"] == 2 and tokens.histogram["<=128"] == 1 and sum(tokens.histogram.values()) == 4
+    assert (
+        tokens.histogram["<=32"] == 1
+        and tokens.histogram["<=64"] == 2
+        and tokens.histogram["<=128"] == 1
+        and sum(tokens.histogram.values()) == 4
+    )
     assert tokens.supervised_share == 149 / 230
     assert (report.rows, report.usable, report.rejected) == (5, 4, {"ROW_BAD_TOOL_CALL": 1})
     assert report.to_json()["tokens"]["supervised_share"] == 149 / 230
 
 
 def test_languages_are_identified() -> None:
-    english = [pair(i, f"What is the capital of the country number {i}, please?", "I am not sure about that one.") for i in range(6)]
-    french = [pair(10 + i, f"Quelle est la capitale du pays numéro {i}, s'il vous plaît ?", "Je ne sais pas, désolé.") for i in range(3)]
+    english = [
+        pair(i, f"What is the capital of the country number {i}, please?", "I am not sure about that one.") for i in range(6)
+    ]
+    french = [
+        pair(10 + i, f"Quelle est la capitale du pays numéro {i}, s'il vous plaît ?", "Je ne sais pas, désolé.") for i in range(3)
+    ]
     assert inspect_examples(english + french, file="f").languages == {"en": 6, "fr": 3}
 
 
-@pytest.mark.parametrize(("rows", "word"), [([], "no rows"), ([{"foo": 1}], "No row can be used"), ([{"text": "one"}], "Only 1 usable")])
+@pytest.mark.parametrize(
+    ("rows", "word"), [([], "no rows"), ([{"foo": 1}], "No row can be used"), ([{"text": "one"}], "Only 1 usable")]
+)
 def test_too_few_rows_are_warned_about_with_the_minimum(tmp_path: Path, rows: list[Any], word: str) -> None:
     path = tmp_path / "d.json"
     path.write_text(json.dumps(rows))
@@ -177,7 +206,9 @@ def test_placeholders_and_bare_strings_are_warned_about(tmp_path: Path) -> None:
 # --- the guard -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bad", "limit", "stops"), [(1, 0.1, False), (2, 0.1, True), (2, 0.25, False), (0, 0.0, False), (1, 0.0, True)])
+@pytest.mark.parametrize(
+    ("bad", "limit", "stops"), [(1, 0.1, False), (2, 0.1, True), (2, 0.25, False), (0, 0.0, False), (1, 0.0, True)]
+)
 def test_the_threshold_stops_a_run_above_its_limit_only(tmp_path: Path, bad: int, limit: float, stops: bool) -> None:
     rows: list[Any] = [{"question": f"q{i}", "answer": "a"} for i in range(10 - bad)] + [{"foo": i} for i in range(bad)]
     report = inspect(write_rows(tmp_path / "d.jsonl", rows))

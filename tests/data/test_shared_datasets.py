@@ -71,7 +71,9 @@ def test_an_applied_alpaca_prompt_is_taken_apart(shared_data: Path) -> None:
 
 
 def test_no_input_in_many_spellings_is_left_out(shared_data: Path) -> None:
-    with_marker = [example for example in examples_of(shared_data / "llamafactory/alpaca_en_demo.json") if "no_input_marker" in example.notes]
+    with_marker = [
+        example for example in examples_of(shared_data / "llamafactory/alpaca_en_demo.json") if "no_input_marker" in example.notes
+    ]
     assert len(with_marker) == 8
     assert all("input" not in example.messages[0].content.lower().split("\n")[-1] for example in with_marker)
 

@@ -252,7 +252,12 @@ def test_invalid_utf8_is_reported_per_row_never_replaced(tmp_path: Path) -> None
 
 
 def test_mixed_encodings_in_one_file_are_reported_per_row(tmp_path: Path) -> None:
-    content = jsonl(GOOD * 30).encode() + '{"question": "é"}\n'.encode("utf-16-le") + '{"question": "é"}\n'.encode("latin-1") + jsonl(GOOD).encode()
+    content = (
+        jsonl(GOOD * 30).encode()
+        + '{"question": "é"}\n'.encode("utf-16-le")
+        + '{"question": "é"}\n'.encode("latin-1")
+        + jsonl(GOOD).encode()
+    )
     rows, problems = read(write(tmp_path, content))
     assert rows[:150] == GOOD * 30 and rows[-4:] == GOOD[1:]  # the stray half of a UTF-16 line end spoils the line it runs into
     assert problems and set(codes(problems)) <= {"ROW_INVALID_ENCODING", "ROW_BAD_JSON"}
@@ -433,17 +438,33 @@ def test_visible_text_is_printable_and_within_its_limit(text: str, limit: int) -
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")), inner, max_size=4)
+    ),
     max_leaves=12,
 )
-json_objects = st.dictionaries(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")), json_values, min_size=1, max_size=5)
+json_objects = st.dictionaries(
+    st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")), json_values, min_size=1, max_size=5
+)
 file_settings = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @file_settings
-@given(st.lists(json_objects, min_size=1, max_size=6), st.booleans(), st.sampled_from([None, 1]), st.sampled_from(["utf-8", "utf-16"]))
-def test_json_objects_come_back_equal_from_lines_and_arrays(tmp_path: Path, rows: list[Any], ascii_only: bool, indent: int | None, encoding: str) -> None:
+@given(
+    st.lists(json_objects, min_size=1, max_size=6),
+    st.booleans(),
+    st.sampled_from([None, 1]),
+    st.sampled_from(["utf-8", "utf-16"]),
+)
+def test_json_objects_come_back_equal_from_lines_and_arrays(
+    tmp_path: Path, rows: list[Any], ascii_only: bool, indent: int | None, encoding: str
+) -> None:
     lines = "\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
     array = json.dumps(rows, ensure_ascii=ascii_only, indent=indent)
     for text in (lines, array):
@@ -464,11 +485,18 @@ def test_no_bytes_crash_the_reader(tmp_path: Path, data: bytes, name: str) -> No
         assert error.code in CODES
         return
     for item in items:
-        assert isinstance(item, Problem) or all(not (isinstance(value, float) and not math.isfinite(value)) for value in item.fields.values())
+        assert isinstance(item, Problem) or all(
+            not (isinstance(value, float) and not math.isfinite(value)) for value in item.fields.values()
+        )
 
 
 @file_settings
-@given(st.lists(st.sampled_from([json.dumps(GOOD[0]), "{", "]", ",", '"', "NaN", "\n", "[", '{"question": ', "\\", "\ufeff", "é"]), max_size=30))
+@given(
+    st.lists(
+        st.sampled_from([json.dumps(GOOD[0]), "{", "]", ",", '"', "NaN", "\n", "[", '{"question": ', "\\", "\ufeff", "é"]),
+        max_size=30,
+    )
+)
 def test_no_broken_json_crashes_or_hangs_the_reader(tmp_path: Path, pieces: list[str]) -> None:
     for prefix in ("[", ""):
         try:

@@ -44,7 +44,9 @@ def test_the_split_is_pinned() -> None:
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.sampled_from([0.05, 0.1, 0.3, 0.6]), st.integers(0, 5))
 def test_exact_duplicates_and_groups_never_straddle(kinds: list[int], fraction: float, seed: int) -> None:
     base = distinct(13)
-    examples = [replace(base[kind], place=Place("f", i), group=f"g{kind // 4}" if kind % 2 else None) for i, kind in enumerate(kinds)]
+    examples = [
+        replace(base[kind], place=Place("f", i), group=f"g{kind // 4}" if kind % 2 else None) for i, kind in enumerate(kinds)
+    ]
     try:
         parts = split(examples, eval_fraction=fraction, seed=seed)
     except DataError as error:

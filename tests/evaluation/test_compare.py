@@ -102,13 +102,18 @@ def test_base_and_tuned_on_one_set_of_weights_equal_two_separate_models(tmp_path
     examples = [chat(p[0].content, "It is 7.", i) for i, p in enumerate(PROMPTS)]
     tuned = load_generator(run, dtype="fp32")
     shared = compare(tuned.view(None), tuned, examples, max_new_tokens=4)
-    separate = compare(load_generator(run, adapter=False, dtype="fp32"), load_generator(run, dtype="fp32"), examples, max_new_tokens=4)
+    separate = compare(
+        load_generator(run, adapter=False, dtype="fp32"), load_generator(run, dtype="fp32"), examples, max_new_tokens=4
+    )
     assert shared.items == separate.items and shared.forgetting == separate.forgetting
     assert shared.items[0].a["loss"] != shared.items[0].b["loss"]
 
 
 def test_a_suite_is_asked_of_both_with_its_own_limit() -> None:
-    prompts = [{"id": str(i), "messages": [{"role": "user", "content": p[0].content}], "check": {"regex": "."}, "must_stop": False} for i, p in enumerate(PROMPTS)]
+    prompts = [
+        {"id": str(i), "messages": [{"role": "user", "content": p[0].content}], "check": {"regex": "."}, "must_stop": False}
+        for i, p in enumerate(PROMPTS)
+    ]
     suite = parse_suite({"version": 1, "name": "s", "max_new_tokens": 3, "prompts": prompts})
     a, b = tiny_generator(), tiny_generator(seed=1)
     compared = compare(a, b, suite, general_text=None)
@@ -139,7 +144,13 @@ def test_the_general_text_is_two_to_three_kilobytes_of_english_and_french() -> N
 
 def test_a_question_is_the_conversation_before_its_last_answer_with_text(tmp_path: Path) -> None:
     lines = [
-        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {
+            "messages": [
+                {"role": "system", "content": "S"},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+            ]
+        },
         {"instruction": "add", "input": "1 2", "output": "3"},
         {"text": "a document"},
         {"messages": [{"role": "bot", "content": "?"}]},
@@ -163,6 +174,9 @@ def test_an_example_too_long_for_either_model_is_left_out_for_both_and_counted()
     long = chat("été " * 600, "no", 1)
     kept, left_out = fitting(questions([chat("a", "b"), long]), [generator, tiny_generator()])
     assert [q.expected for q in kept] == ["b"] and len(left_out) == 1
-    assert compare(generator, tiny_generator(), [chat("a", "b"), long], max_new_tokens=2, general_text=None).decoding["left_out"] == 1
+    assert (
+        compare(generator, tiny_generator(), [chat("a", "b"), long], max_new_tokens=2, general_text=None).decoding["left_out"]
+        == 1
+    )
     with pytest.raises(EvaluationError):
         compare(generator, generator, [Example("text", Place("t", 0), "text", text="x")], general_text=None)

@@ -49,7 +49,9 @@ def test_scores_samples_and_items_are_of_the_answers_the_model_gives() -> None:
 
 def test_a_suite_alone_and_a_limit_of_zero_generate_only_what_is_asked(tmp_path: Path) -> None:
     suite = tmp_path / "s.yaml"
-    suite.write_text("version: 1\nname: s\nmax_new_tokens: 2\nprompts: [{id: a, messages: [{role: user, content: Q}], check: {regex: .}}]\n")
+    suite.write_text(
+        "version: 1\nname: s\nmax_new_tokens: 2\nprompts: [{id: a, messages: [{role: user, content: Q}], check: {regex: .}}]\n"
+    )
     alone = evaluate(tiny_generator(), suite=suite)
     assert (alone.losses, alone.scores, alone.items) == (None, None, ()) and alone.suite is not None
     losses_only = evaluate(tiny_generator(), EXAMPLES, options=Options(limit=0))
@@ -70,7 +72,9 @@ def test_rows_left_out_are_counted_by_their_code(tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     data.write_text('{"messages": [{"role": "bot", "content": "?"}]}\n{"instruction": "a", "output": "b"}\n')
     evaluation = evaluate(tiny_generator("gpt2"), [data], options=Options(max_new_tokens=2))
-    unanswerable = Example("chat", Place("d", 2), "messages", (Message("user", "a"), Message("user", "b" * 4000), Message("assistant", "c")))
+    unanswerable = Example(
+        "chat", Place("d", 2), "messages", (Message("user", "a"), Message("user", "b" * 4000), Message("assistant", "c"))
+    )
     both = evaluate(tiny_generator("gpt2"), [*EXAMPLES[:1], unanswerable], options=Options(max_new_tokens=2, max_length=300))
     assert all(count == 1 for count in both.skipped.values()) and both.skipped
     assert sum(evaluation.skipped.values()) == 1 and evaluation.scores is not None and evaluation.scores.answers == 1
@@ -109,7 +113,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_an_evaluation_killed_half_way_continues_and_ends_as_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_killed_half_way_continues_and_ends_as_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path, "full")
     command = [sys.executable, "-c", KILLED, str(run), str(Path(__file__).parents[1])]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL

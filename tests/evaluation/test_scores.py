@@ -76,7 +76,14 @@ def test_token_f1_is_the_harmonic_mean_of_precision_and_recall() -> None:
 
 def test_empty_answers_are_counted_and_score_nothing() -> None:
     scores = score_answers(["", "  "], ["Paris", "Rome"])
-    assert (scores.empty_answers, scores.exact_match, scores.token_f1, scores.bleu, scores.rouge1, scores.rouge_l) == (2, 0, 0, 0, 0, 0)
+    assert (scores.empty_answers, scores.exact_match, scores.token_f1, scores.bleu, scores.rouge1, scores.rouge_l) == (
+        2,
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
     half = score_answers(["", "Rome"], ["Paris", "Rome"])
     assert (half.exact_match, half.rouge1, half.token_f1) == (0.5, 0.5, 0.5)
 

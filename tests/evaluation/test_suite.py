@@ -50,7 +50,11 @@ def test_a_suite_is_read_with_its_defaults(tmp_path: Path) -> None:
     assert (suite.name, suite.max_new_tokens, len(suite.prompts)) == ("tiny", 6, 2)
     first, second = suite.prompts
     assert (first.tags, first.must_stop, first.check.contains) == (("capital", "en"), True, ("Paris",))
-    assert (second.must_stop, second.check.equals, [m.role for m in second.messages]) == (False, ("4", "four"), ["system", "user"])
+    assert (second.must_stop, second.check.equals, [m.role for m in second.messages]) == (
+        False,
+        ("4", "four"),
+        ["system", "user"],
+    )
 
 
 def test_the_bundled_suites_are_valid_and_ask_at_least_sixty_prompts() -> None:
@@ -68,11 +72,11 @@ def test_the_bundled_suites_are_valid_and_ask_at_least_sixty_prompts() -> None:
         (("role: system", "role: bot"), "prompts[1] (four): messages[0]", "found 'bot'"),
         (("version: 1", "version: 2"), "s.yaml", "version must be 1"),
         (("max_new_tokens: 6", "max_new_tokens: 0"), "s.yaml", "whole number"),
-        (("{contains: \"Paris\"}", "{}"), "prompts[0] (capital): check", "at least one of"),
-        (("{contains: \"Paris\"}", "{regex: \"(\"}"), "prompts[0] (capital): check", "not valid"),
-        (("{contains: \"Paris\"}", "{contains: []}"), "prompts[0] (capital): check", "contains is empty"),
-        (("{contains: \"Paris\"}", "{contains: yes}"), "prompts[0] (capital): check", "must be a text"),
-        (("role: user, content: \"2+2?\"", "role: assistant, content: \"4\""), "prompts[1] (four)", "nothing left to answer"),
+        (('{contains: "Paris"}', "{}"), "prompts[0] (capital): check", "at least one of"),
+        (('{contains: "Paris"}', '{regex: "("}'), "prompts[0] (capital): check", "not valid"),
+        (('{contains: "Paris"}', "{contains: []}"), "prompts[0] (capital): check", "contains is empty"),
+        (('{contains: "Paris"}', "{contains: yes}"), "prompts[0] (capital): check", "must be a text"),
+        (('role: user, content: "2+2?"', 'role: assistant, content: "4"'), "prompts[1] (four)", "nothing left to answer"),
         (("name: tiny", "name: tiny\nname: twice"), "s.yaml:3", "twice"),
         (("    tags: [sum]", "    tag: [sum]"), "prompts[1] (four)", "did you mean 'tags'"),
         (("  - id: four\n    tags: [sum]", "  - tags: [sum]"), "prompts[1] (without id)", "id must be a text"),
@@ -189,13 +193,18 @@ def test_one_word_no_loop_and_max_words() -> None:
 
 
 def test_own_judges_by_name_take_the_answer_and_an_argument_if_they_want_one() -> None:
-    judges = {"polite": lambda answer: "please" in answer, "starts": lambda answer, argument: answer.startswith(argument) or "wrong start"}
+    judges = {
+        "polite": lambda answer: "please" in answer,
+        "starts": lambda answer, argument: answer.startswith(argument) or "wrong start",
+    }
     assert reasons("please", function=["polite", "starts:pl"], judges=judges) == ()
     assert reasons("now", function=["polite", "starts:pl"], judges=judges) == ("fails polite", "wrong start")
 
 
 def test_a_file_of_judges_gives_its_public_functions(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("import json\nfrom os.path import join\ndef loud(answer):\n    return answer.isupper()\ndef _help(): ...\n")
+    (tmp_path / "mine.py").write_text(
+        "import json\nfrom os.path import join\ndef loud(answer):\n    return answer.isupper()\ndef _help(): ...\n"
+    )
     judges = load_judges(tmp_path / "mine.py")
     assert set(judges) == {"loud"}
     assert reasons("HELLO", function="loud", judges=judges) == ()

@@ -19,7 +19,13 @@ EVAL_ROWS = [
 ]
 SAMPLES = [
     {"instruction": "What is 3 + 4?", "input": "", "expected_output": "It is 7.", "model_output": "It is 7.", "output_length": 8},
-    {"instruction": "List | pipes", "input": "a\nb", "expected_output": "one\ntwo", "model_output": "<b>x</b> \x1b[31mred", "output_length": 12},
+    {
+        "instruction": "List | pipes",
+        "input": "a\nb",
+        "expected_output": "one\ntwo",
+        "model_output": "<b>x</b> \x1b[31mred",
+        "output_length": 12,
+    },
 ]
 
 
@@ -33,7 +39,12 @@ def make_run(
     run_dir = root / "runs" / f"{kind}-20260101-001"
     (run_dir / "data").mkdir(parents=True)
     overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in settings.items()]
-    values = {"name": kind, "model": {"base": str(base)}, "data": {"train": ["train.jsonl"]}, "method": {"kind": kind, "r": 4, "alpha": 8}}
+    values = {
+        "name": kind,
+        "model": {"base": str(base)},
+        "data": {"train": ["train.jsonl"]},
+        "method": {"kind": kind, "r": 4, "alpha": 8},
+    }
     config, origins = build_config(values, overrides)
     (run_dir / "run.yaml").write_text(dump_config(config, origins))
     _save_weights(run_dir, base, kind)
@@ -98,7 +109,12 @@ def _write_events(path: Path, steps: int) -> None:
             loss = 0.9 + 1.9 * math.exp(-5 * share) + noise.gauss(0, 0.09)
             log.emit("log", step=step, total_steps=steps, loss=loss, learning_rate=2e-4 * (1 - share), grad_norm=0.6)
             if step % 50 == 0:
-                log.emit("eval", step=step, total_steps=steps, eval_loss=1.05 + 1.6 * math.exp(-5 * share) + max(0.0, share - 0.7) * 0.3)
+                log.emit(
+                    "eval",
+                    step=step,
+                    total_steps=steps,
+                    eval_loss=1.05 + 1.6 * math.exp(-5 * share) + max(0.0, share - 0.7) * 0.3,
+                )
         log.emit("complete", total_steps=steps)
 
 
@@ -109,4 +125,6 @@ def _write_figures(run_dir: Path) -> None:
     }  # fmt: skip
     write_json(run_dir / "metrics.json", metrics)
     hardware = {"gpus": [], "cpu": {"model": "Example CPU 9000"}, "packages": {"torch": "2.13.0", "peft": "0.21.2"}}
-    write_json(run_dir / "environment.json", {"hardware": hardware, "setup": {"device": "cpu", "threads": 2, "learning_rate": 2e-4}})
+    write_json(
+        run_dir / "environment.json", {"hardware": hardware, "setup": {"device": "cpu", "threads": 2, "learning_rate": 2e-4}}
+    )

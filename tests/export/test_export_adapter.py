@@ -127,7 +127,9 @@ def damage_copied_weights(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["one matrix zeroed", "slightly off", "not finite"])
-def test_weights_damaged_on_the_way_are_refused_with_numbers_and_nothing_stays(new_run: RunMaker, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_weights_damaged_on_the_way_are_refused_with_numbers_and_nothing_stays(
+    new_run: RunMaker, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     def change(weights: dict[str, Any]) -> None:
         name = sorted(weights)[0]
         if what == "one matrix zeroed":
@@ -285,7 +287,9 @@ def test_a_disk_that_fills_up_while_writing_is_told_as_such(new_run: RunMaker, t
     assert caught.value.code == "STORAGE_DISK_FULL" and leftovers(run_dir) == []
 
 
-@pytest.mark.parametrize("name", ["../out", "/abs", "a/b", "", ".hidden", "-rf", "con", "lock", "a\0b", "x" * 200, "nom été", "a;rm -rf"])
+@pytest.mark.parametrize(
+    "name", ["../out", "/abs", "a/b", "", ".hidden", "-rf", "con", "lock", "a\0b", "x" * 200, "nom été", "a;rm -rf"]
+)
 def test_a_name_that_could_leave_the_folder_is_refused(new_run: RunMaker, name: str) -> None:
     run_dir = new_run("lora")
     with pytest.raises(StorageError) as caught:
@@ -318,11 +322,19 @@ def test_planted_secrets_are_in_no_file_of_an_export(tmp_path: Path, monkeypatch
     """In a variable, in the settings, in environment, metrics and samples: shapes known and unknown."""
     shaped, unshaped = "hf_AbCdEfGhIjKlMnOpQrStUv", "correct-horse-battery-staple"
     monkeypatch.setenv("MY_SERVICE_API_KEY", unshaped)
-    run_dir = make_run(tmp_path, data__train=[f"https://user:pa55word@host/x.jsonl?token={shaped}", f"s3://{unshaped}/data.jsonl"])
+    run_dir = make_run(
+        tmp_path, data__train=[f"https://user:pa55word@host/x.jsonl?token={shaped}", f"s3://{unshaped}/data.jsonl"]
+    )
     write_json(run_dir / "metrics.json", {"eval_loss": 1.0, "note": f"Bearer {unshaped}", "api_key": "zzzzqqqq1"})
     write_json(run_dir / "environment.json", {"setup": {"threads": 1, "password": "zzzzqqqq2"}, "env": {"HF_TOKEN": shaped}})
-    write_json(run_dir / "data/manifest.json", {"train": [{"file": f"/home/{shaped}/t.jsonl?token={unshaped}", "sha256": "ab", "rows": 1}]})
-    write_json(run_dir / "evals/final.json", {"samples": [{"instruction": shaped, "expected_output": unshaped, "model_output": f"key {shaped}"}]})
+    write_json(
+        run_dir / "data/manifest.json",
+        {"train": [{"file": f"/home/{shaped}/t.jsonl?token={unshaped}", "sha256": "ab", "rows": 1}]},
+    )
+    write_json(
+        run_dir / "evals/final.json",
+        {"samples": [{"instruction": shaped, "expected_output": unshaped, "model_output": f"key {shaped}"}]},
+    )
     folder = export(run_dir).dir
     with zipfile.ZipFile(folder / "finetuneflow_export.zip") as archive:
         contents = {f"zip:{name}": archive.read(name) for name in archive.namelist()}

@@ -57,7 +57,10 @@ def test_the_report_has_the_reference_structure_in_order(new_run: RunMaker) -> N
 
 def test_the_report_tells_the_runs_own_values(new_run: RunMaker) -> None:
     lines = lines_of(new_run("lora"))
-    told = {name: value(lines, name) for name in ("Train examples", "Avg tokens per example", "Learning rate", "LoRA rank", "Perplexity", "Training time")}
+    told = {
+        name: value(lines, name)
+        for name in ("Train examples", "Avg tokens per example", "Learning rate", "LoRA rank", "Perplexity", "Training time")
+    }
     assert told == {
         "Train examples": "118", "Avg tokens per example": "41.2", "Learning rate": "2e-4", "LoRA rank": "4, alpha: 8",
         "Perplexity": "2.966", "Training time": "1 h 02 min 03 s",
@@ -69,7 +72,14 @@ def test_the_report_tells_the_runs_own_values(new_run: RunMaker) -> None:
 def test_the_method_is_told_truly(new_run: RunMaker, kind: str) -> None:
     """An earlier system wrote "(4-bit LoRA)" for every method that was not LoRA."""
     lines = lines_of(new_run(kind))
-    expected = {"lora": "LoRA", "qlora": "QLoRA (4-bit NF4)", "dora": "DoRA", "ia3": "IA3", "prefix": "Prefix tuning", "full": "Full fine-tuning"}
+    expected = {
+        "lora": "LoRA",
+        "qlora": "QLoRA (4-bit NF4)",
+        "dora": "DoRA",
+        "ia3": "IA3",
+        "prefix": "Prefix tuning",
+        "full": "Full fine-tuning",
+    }
     assert value(lines, "Method") == expected[kind] == METHOD_NAMES[kind]
     assert ("4-bit" in "\n".join(lines)) is (kind == "qlora")
     assert value(lines, "LoRA rank").startswith("4, alpha" if kind in ("lora", "qlora", "dora") else "none")
@@ -93,7 +103,10 @@ def test_what_was_not_measured_is_said_to_be_so(new_run: RunMaker) -> None:
 def test_samples_cannot_break_the_table_or_run_as_markup(new_run: RunMaker) -> None:
     run_dir = new_run("lora")
     hostile = "a | b\n<script>alert(1)</script> `x` \x1b[31m \u202e [l](javascript:x) &amp; \\|"
-    write_json(run_dir / "metrics.json", {"inference_samples": [{"instruction": hostile, "expected_output": hostile, "model_output": hostile}]})
+    write_json(
+        run_dir / "metrics.json",
+        {"inference_samples": [{"instruction": hostile, "expected_output": hostile, "model_output": hostile}]},
+    )
     row = lines_of(run_dir)[-1]
     bare = row.replace("\\\\", "").replace("\\|", "")  # an escaped backslash first: "\\|" would end the cell
     assert bare.count("|") == 4
@@ -141,7 +154,13 @@ def test_the_report_needs_no_torch(new_run: RunMaker) -> None:
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert [duration(s) for s in (0.25, 59.9, 60, 3723.4, None)] == ["0.2 s", "59.9 s", "1 min 00 s", "1 h 02 min 03 s", "not measured"]
+    assert [duration(s) for s in (0.25, 59.9, 60, 3723.4, None)] == [
+        "0.2 s",
+        "59.9 s",
+        "1 min 00 s",
+        "1 h 02 min 03 s",
+        "not measured",
+    ]
     assert [rate(r) for r in (2e-4, 1e-5, 2.5e-3, 0.1)] == ["2e-4", "1e-5", "2.5e-3", "1e-1"]
     assert [size(n) for n in (12, 1500, 2_340_000, 15_000_000_000)] == ["12 B", "1.5 kB", "2.3 MB", "15.00 GB"]
     assert [figure(v) for v in (52002, 1.5, None, True)] == ["52,002", "1.5000", "not measured", "not measured"]
@@ -159,7 +178,19 @@ def card_of(run_dir: Path, files_kind: str = "adapter") -> tuple[dict[str, objec
 def test_the_card_is_filled_from_the_run(new_run: RunMaker) -> None:
     front, body = card_of(new_run("lora"))
     assert front["library_name"] == "peft" and front["base_model"] == "base" and "lora" in front["tags"]  # type: ignore[operator]
-    for fact in ("ab" * 32, "train.jsonl", "118", "1.0873", "2e-4", "assistant turns", "99.6%", "812.0 MB", "15.7 kB", "92.5% of 40", "torch 2.13.0"):
+    for fact in (
+        "ab" * 32,
+        "train.jsonl",
+        "118",
+        "1.0873",
+        "2e-4",
+        "assistant turns",
+        "99.6%",
+        "812.0 MB",
+        "15.7 kB",
+        "92.5% of 40",
+        "torch 2.13.0",
+    ):
         assert fact in body
     assert "/somewhere/private" not in body
     assert card_of(new_run("full"), "model")[0]["library_name"] == "transformers"
@@ -238,7 +269,10 @@ def test_smoothing_takes_noise_out() -> None:
      "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abc_DEF-123"],
 )  # fmt: skip
 def test_known_token_shapes_are_removed(secret: str) -> None:
-    assert secret not in Redactor({}).text(f"before {secret} after") and Redactor({}).text(f"before {secret} after") == "before [removed] after"
+    assert (
+        secret not in Redactor({}).text(f"before {secret} after")
+        and Redactor({}).text(f"before {secret} after") == "before [removed] after"
+    )
 
 
 def test_credentials_in_urls_are_removed_and_the_rest_stays() -> None:
@@ -246,12 +280,21 @@ def test_credentials_in_urls_are_removed_and_the_rest_stays() -> None:
 
 
 def test_values_of_secret_variables_are_removed_but_switches_are_not() -> None:
-    redactor = Redactor({"WANDB_API_KEY": "0123456789abcdef", "TOKENIZERS_PARALLELISM": "false", "HF_TOKEN_PATH": "/data/token"}, home="/home/ann")
+    redactor = Redactor(
+        {"WANDB_API_KEY": "0123456789abcdef", "TOKENIZERS_PARALLELISM": "false", "HF_TOKEN_PATH": "/data/token"}, home="/home/ann"
+    )
     assert redactor.text("0123456789abcdef is false in /data/token") == "[removed] is false in /data/token"
 
 
 def test_ordinary_settings_named_like_tokens_stay() -> None:
-    value = {"eos_token": "<|im_end|>", "max_new_tokens": 128, "avg_tokens": 3.5, "token": "x", "sha256": "ab" * 32, "commit": "0123456789" * 4}
+    value = {
+        "eos_token": "<|im_end|>",
+        "max_new_tokens": 128,
+        "avg_tokens": 3.5,
+        "token": "x",
+        "sha256": "ab" * 32,
+        "commit": "0123456789" * 4,
+    }
     assert Redactor({}).value(value) == value | {"token": "[removed]"}
 
 
@@ -264,5 +307,8 @@ def test_a_run_record_without_setup_still_names_the_device(new_run: RunMaker) ->
     gpus = [{"name": "NVIDIA A100", "memory_total_bytes": 1}] * 2
     write_json(run_dir / "environment.json", {"hardware": {"gpus": gpus}})
     assert read_run(run_dir).device == "2 x NVIDIA A100"
-    write_json(run_dir / "environment.json", {"hardware": {"gpus": gpus, "cpu": {"model": "X"}}, "setup": {"device": "cpu", "threads": 4}})
+    write_json(
+        run_dir / "environment.json",
+        {"hardware": {"gpus": gpus, "cpu": {"model": "X"}}, "setup": {"device": "cpu", "threads": 4}},
+    )
     assert read_run(run_dir).device == "none; CPU: X, 4 thread(s)"

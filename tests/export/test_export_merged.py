@@ -87,7 +87,12 @@ def test_the_merged_model_answers_through_transformers_alone(new_run: RunMaker) 
     run_dir = new_run("lora")
     folder = export(run_dir, "merged").dir
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Quelle est la capitale ?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Quelle est la capitale ?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     merged = AutoModelForCausalLM.from_pretrained(folder)
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(run_dir)), run_dir / "adapter").eval()
     with torch.no_grad():
@@ -158,7 +163,9 @@ DAMAGES = [(change, dtype) for change in (zero_a_layer, flip_a_sign, not_a_numbe
 
 
 @pytest.mark.parametrize(("change", "dtype"), [*DAMAGES, (small_noise, "float32")])
-def test_a_corrupted_merge_is_refused_and_leaves_nothing(new_run: RunMaker, monkeypatch: pytest.MonkeyPatch, change: Any, dtype: str) -> None:
+def test_a_corrupted_merge_is_refused_and_leaves_nothing(
+    new_run: RunMaker, monkeypatch: pytest.MonkeyPatch, change: Any, dtype: str
+) -> None:
     change_merge(monkeypatch, change)
     run_dir = new_run("lora", dtype=dtype)
     with pytest.raises(ExportError) as caught:

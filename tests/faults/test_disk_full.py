@@ -59,7 +59,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 3 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True).returncode == 0
+    mounted = (
+        os.geteuid() == 0
+        and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True).returncode == 0
+    )
     if not mounted:
         pytest.skip("mounting a small tmpfs needs root and permission to mount")
     try:
@@ -80,7 +83,11 @@ def test_on_a_full_disk_the_run_keeps_its_checkpoint_and_goes_on_when_there_is_r
 
     with pytest.raises(StorageError) as caught:
         bench.train(sinks=[fill])
-    assert caught.value.code == "STORAGE_DISK_FULL" and "MB are needed" in caught.value.message and "MB are free" in caught.value.message
+    assert (
+        caught.value.code == "STORAGE_DISK_FULL"
+        and "MB are needed" in caught.value.message
+        and "MB are free" in caught.value.message
+    )
     run_dir = bench.newest()
     assert run_status(run_dir) == "failed" and find_damage(run_dir / "checkpoints" / "step-000004") is None
     filler.unlink()

@@ -78,7 +78,9 @@ def start(bench: Bench) -> Iterator[Callable[[RunConfig], Process]]:
             process.process.communicate()
 
 
-def test_a_run_killed_during_a_checkpoint_ends_like_an_uninterrupted_one(bench: Bench, start: Callable[[RunConfig], Process]) -> None:
+def test_a_run_killed_during_a_checkpoint_ends_like_an_uninterrupted_one(
+    bench: Bench, start: Callable[[RunConfig], Process]
+) -> None:
     config = bench.config(method__dropout=0.2)
     process = start(config)
     process.signal_at(at("phase", name="saving", step=8), signal.SIGKILL)
@@ -102,7 +104,9 @@ def test_ftf_stop_saves_a_live_run_and_ends_it_as_stopped(bench: Bench, start: C
     from finetuneflow.cli import app
     from finetuneflow.errors import FineTuneFlowError
 
-    process = start(bench.config(training__epochs=500, training__log_steps=1, training__save_steps=1000, training__eval_steps=1000))
+    process = start(
+        bench.config(training__epochs=500, training__log_steps=1, training__save_steps=1000, training__eval_steps=1000)
+    )
     next(event for event in process.events() if event["event"] == "log")
     assert run_status(process.run_dir) == "running"
     with pytest.raises(FineTuneFlowError) as caught:  # nobody else may work on it meanwhile
@@ -119,7 +123,9 @@ def test_ftf_stop_saves_a_live_run_and_ends_it_as_stopped(bench: Bench, start: C
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_a_process_saves_and_ends_it_orderly(bench: Bench, start: Callable[[RunConfig], Process], number: signal.Signals) -> None:
+def test_a_signal_to_a_process_saves_and_ends_it_orderly(
+    bench: Bench, start: Callable[[RunConfig], Process], number: signal.Signals
+) -> None:
     process = start(bench.config(training__epochs=500, training__log_steps=1, training__save_steps=1000))
     process.signal_at(at("log", step=5), number)
     assert process.end() == 0 and run_status(process.run_dir) == "stopped"
@@ -131,7 +137,9 @@ def test_a_signal_to_a_process_saves_and_ends_it_orderly(bench: Bench, start: Ca
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_five_kills_at_random_moments_change_nothing(bench: Bench, kind: str) -> None:
-    config = bench.config(method__kind=kind, training__learning_rate=1e-4, training__epochs=5, training__log_steps=1, training__save_steps=3)
+    config = bench.config(
+        method__kind=kind, training__learning_rate=1e-4, training__epochs=5, training__log_steps=1, training__save_steps=3
+    )
     result = verify_resume(config, bench.workspace, kills=5, seed=3)
     assert result.equal, (result.different_tensors, result.different_lines)
     assert len(result.kills) == 5 and result.log_lines > 20

@@ -44,13 +44,24 @@ def test_running_out_of_memory_is_explained_with_figures_and_ranked_remedies(ben
     with pytest.raises(TrainingError) as caught:
         bench.train(training__batch_size=4, training__gradient_accumulation=1)
     error = caught.value
-    assert error.code == "OUT_OF_MEMORY" and "GB were used at the peak of" in error.message and error.where and "allocate" in error.where
-    assert error.remedy and error.remedy.startswith("1. set training.batch_size=2 and training.gradient_accumulation=2") and "2. " in error.remedy
+    assert (
+        error.code == "OUT_OF_MEMORY"
+        and "GB were used at the peak of" in error.message
+        and error.where
+        and "allocate" in error.where
+    )
+    assert (
+        error.remedy
+        and error.remedy.startswith("1. set training.batch_size=2 and training.gradient_accumulation=2")
+        and "2. " in error.remedy
+    )
     assert 0 < error.context["peak_memory_bytes"] < error.context["capacity_bytes"]
     assert bench.seen("failed")[0]["code"] == "OUT_OF_MEMORY" and not (bench.newest() / "traceback.txt").exists()
 
 
-def test_retrying_steps_down_until_it_fits_and_ends_like_a_run_configured_that_way(bench: Bench, scarce: Callable[..., None]) -> None:
+def test_retrying_steps_down_until_it_fits_and_ends_like_a_run_configured_that_way(
+    bench: Bench, scarce: Callable[..., None]
+) -> None:
     configured = bench.train(training__batch_size=1, training__gradient_accumulation=4).run_dir
     scarce(1)
     stepped = bench.train(training__batch_size=4, training__gradient_accumulation=1, training__oom="retry").run_dir
@@ -68,10 +79,14 @@ def test_the_longest_rows_are_tried_before_the_first_step(bench: Bench, scarce: 
 
 def test_trying_the_longest_rows_leaves_no_trace(bench: Bench) -> None:
     settings = {"method__dropout": 0.3}
-    assert_same_result(bench.train(**settings, training__oom="stop").run_dir, bench.train(**settings, training__oom="retry").run_dir)
+    assert_same_result(
+        bench.train(**settings, training__oom="stop").run_dir, bench.train(**settings, training__oom="retry").run_dir
+    )
 
 
-def test_memory_that_runs_out_late_costs_no_more_than_the_steps_since_the_checkpoint(bench: Bench, scarce: Callable[..., None]) -> None:
+def test_memory_that_runs_out_late_costs_no_more_than_the_steps_since_the_checkpoint(
+    bench: Bench, scarce: Callable[..., None]
+) -> None:
     configured = bench.train(training__log_steps=1, method__dropout=0.0)
     scarce(1, from_step=6)
     run = bench.train(training__oom="retry", training__log_steps=1, method__dropout=0.0)
@@ -108,7 +123,9 @@ def test_a_real_limit_on_memory_ends_with_the_explained_error(bench: Bench, tmp_
     from training.workbench import write_rows
 
     write_rows(bench.data, [{"instruction": f"Number {n}?", "output": f"{n} " + "all of them " * 35} for n in range(200)])
-    config = bench.config(data__max_length=512, training__batch_size=64, training__gradient_accumulation=1, data__eval_fraction=0.0)
+    config = bench.config(
+        data__max_length=512, training__batch_size=64, training__gradient_accumulation=1, data__eval_fraction=0.0
+    )
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(config, {}))
     command = [sys.executable, "-c", LIMITED.format(extra=200_000_000), str(path), str(tmp_path / "ws")]

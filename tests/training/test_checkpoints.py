@@ -49,7 +49,11 @@ def test_any_damaged_file_makes_the_next_older_one_count(tmp_path: Path, name: s
     if damage == "delete":
         path.unlink()
     else:
-        path.write_bytes({"flip": data[:middle] + bytes([data[middle] ^ 0x80]) + data[middle + 1 :], "truncate": data[:middle], "empty": b""}[damage])
+        path.write_bytes(
+            {"flip": data[:middle] + bytes([data[middle] ^ 0x80]) + data[middle + 1 :], "truncate": data[:middle], "empty": b""}[
+                damage
+            ]
+        )
     found, skipped = find_valid(tmp_path)
     assert found.step == 10
     assert [d.path.name for d in skipped] == ["step-000020"] and skipped[0].reason

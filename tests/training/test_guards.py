@@ -105,7 +105,13 @@ def test_the_rows_of_a_step_without_a_number_are_named_by_file_and_row(bench: Be
 
 def test_an_evaluation_without_a_number_is_never_the_best_one() -> None:
     progress = Progress()
-    assert [progress.record_evaluation(step, loss) for step, loss in enumerate([math.nan, 3.0, math.inf, math.nan, 2.0])] == [False, True, False, False, True]
+    assert [progress.record_evaluation(step, loss) for step, loss in enumerate([math.nan, 3.0, math.inf, math.nan, 2.0])] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert progress.best_loss == 2.0 and progress.best_step == 4
 
 
@@ -121,7 +127,9 @@ def watch(bench: Bench, losses: list[float], rate: float = 1e-3) -> list[dict[st
         return events[-1]
 
     progress = Progress()
-    monitor = Monitor(emit, progress, bench.config(training__log_steps=1, training__save_steps=10_000).training, bench.root, evaluates=False)
+    monitor = Monitor(
+        emit, progress, bench.config(training__log_steps=1, training__save_steps=10_000).training, bench.root, evaluates=False
+    )
     monitor.trainer = SimpleNamespace(log=lambda metrics: None)
     state = SimpleNamespace(global_step=0, max_steps=len(losses) + 1, epoch=0.0)
     control = SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False)
@@ -149,7 +157,9 @@ TWICE = 2 * WATCH_WINDOW
         ([2.0] * (TWICE - 1), None),  # too early to tell
     ],
 )
-def test_a_loss_that_rises_or_stays_is_warned_of_once_and_with_advice(bench: Bench, losses: list[float], code: str | None) -> None:
+def test_a_loss_that_rises_or_stays_is_warned_of_once_and_with_advice(
+    bench: Bench, losses: list[float], code: str | None
+) -> None:
     warnings = watch(bench, losses)
     assert [warning["code"] for warning in warnings] == ([code] if code else [])
     assert all(warning["advice"] for warning in warnings)
@@ -209,7 +219,12 @@ def test_a_file_in_which_no_row_is_usable_is_refused_with_the_first_reason(bench
 
 def test_too_many_unusable_rows_are_refused_and_counted(bench: Bench) -> None:
     error = refused(bench, [*sums(16), *[{"instruction": f"What is {n}?", "output": ""} for n in range(4)]])
-    assert error.code == "DATASET_TOO_MANY_REJECTED" and "4 of 20" in error.message and "20.0%" in error.message and "10%" in error.message
+    assert (
+        error.code == "DATASET_TOO_MANY_REJECTED"
+        and "4 of 20" in error.message
+        and "20.0%" in error.message
+        and "10%" in error.message
+    )
     assert bench.train(data__reject_threshold=0.2).status == "succeeded"
 
 
@@ -239,7 +254,9 @@ def test_a_small_evaluation_part_is_called_a_rough_guide(bench: Bench) -> None:
 
 
 def test_held_out_rows_that_are_all_too_long_leave_a_warning_not_a_silence(bench: Bench) -> None:
-    long = write_rows(bench.root / "held-out.jsonl", [{"instruction": "word " * 200 + str(n), "output": "Yes."} for n in range(3)])
+    long = write_rows(
+        bench.root / "held-out.jsonl", [{"instruction": "word " * 200 + str(n), "output": "Yes."} for n in range(3)]
+    )
     result = bench.train(data__eval=[str(long)])
     assert bench.seen("warning", code="NO_EVALUATION") and result.metrics["eval_loss"] is None
 

@@ -61,15 +61,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(bench: Bench, met
 @pytest.mark.parametrize(
     ("moment", "settings"),
     [
-        pytest.param(at("log", step=7), {"training__save_steps": 6, "training__log_steps": 1}, id="checkpoint at the end of an epoch"),
+        pytest.param(
+            at("log", step=7), {"training__save_steps": 6, "training__log_steps": 1}, id="checkpoint at the end of an epoch"
+        ),
         pytest.param(at("log", step=10), {"training__log_steps": 5}, id="log window open across the checkpoint"),
-        pytest.param(at("checkpoint", step=4), {"training__gradient_accumulation": 5}, id="epoch that ends within an accumulated step"),
+        pytest.param(
+            at("checkpoint", step=4), {"training__gradient_accumulation": 5}, id="epoch that ends within an accumulated step"
+        ),
         pytest.param(at("eval", step=8), {}, id="between evaluation and its checkpoint"),
         pytest.param(at("phase", name="saving", step=8), {}, id="during a checkpoint"),
         pytest.param(at("checkpoint", step=8), {}, id="right after a checkpoint"),
         pytest.param(at("checkpoint", step=12), {}, id="after the last step"),
         pytest.param(at("phase", name="evaluating"), {}, id="after the result was saved"),
-        pytest.param(at("checkpoint", step=7), {"training__max_steps": 7, "training__save_steps": 7}, id="after the last of max_steps, within an epoch"),
+        pytest.param(
+            at("checkpoint", step=7),
+            {"training__max_steps": 7, "training__save_steps": 7},
+            id="after the last of max_steps, within an epoch",
+        ),
         pytest.param(at("checkpoint", step=9), {"training__epochs": 1.5}, id="after the last step of one and a half epochs"),
     ],
 )
@@ -79,7 +87,9 @@ def test_any_moment_of_interruption_leads_to_the_same_end(bench: Bench, moment: 
     resumed = bench.interrupted(moment, **settings)
     bench.resume(resumed)
     assert_same_result(straight, resumed)
-    assert metrics(resumed, "best_step", "eval_loss", "train_loss", "steps") == metrics(straight, "best_step", "eval_loss", "train_loss", "steps")
+    assert metrics(resumed, "best_step", "eval_loss", "train_loss", "steps") == metrics(
+        straight, "best_step", "eval_loss", "train_loss", "steps"
+    )
 
 
 def metrics(run_dir: Path, *names: str) -> list[Any]:
@@ -146,7 +156,9 @@ def test_a_stop_asked_for_before_a_run_died_does_not_stop_the_next_attempt(bench
 
 def overfitting(bench: Bench) -> dict[str, Any]:
     """Held-out rows that contradict the training rows: the evaluation gets worse, so that patience ends the run."""
-    held_out = write_rows(bench.root / "held-out.jsonl", [{"instruction": row["instruction"], "output": "qwertz " * 3} for row in sums(6, start=50)])
+    held_out = write_rows(
+        bench.root / "held-out.jsonl", [{"instruction": row["instruction"], "output": "qwertz " * 3} for row in sums(6, start=50)]
+    )
     return {
         "data__eval": [str(held_out)],
         "training__max_steps": 40,
@@ -203,7 +215,9 @@ def checkpoint_files(run_dir: Path, step: int) -> Iterator[Path]:
     yield from sorted(p for p in (run_dir / "checkpoints" / f"step-{step:06d}").rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "complete.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "complete.json"]
+)
 def test_a_damaged_checkpoint_is_passed_over_for_the_older_one_and_the_event_says_why(bench: Bench, name: str) -> None:
     straight = bench.train().run_dir
     resumed = bench.interrupted(at("log", step=9))
@@ -221,7 +235,9 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_found(bench: Bench) -> None
     """Every file in turn, the marker bit by bit: nothing damaged is ever taken for whole, and no damage is a crash."""
     run_dir = bench.interrupted(at("log", step=9))
     files = list(checkpoint_files(run_dir, 8))
-    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "progress.json", "complete.json"} <= {p.name for p in files}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "progress.json", "complete.json"} <= {
+        p.name for p in files
+    }
     for path in files:
         whole = path.read_bytes()
         bits = range(0, 8 * len(whole), 7) if path.name == checkpoints.MARKER else [4 * len(whole)]
@@ -348,7 +364,11 @@ def test_a_change_of_what_shapes_the_result_is_named_and_refused(
 ) -> None:
     bench.train(sinks=[stops_after(bench, 6)])
     run_dir = bench.newest()
-    before = {path: path.read_bytes() for path in sorted(run_dir.rglob("*")) if path.is_file() and path.name not in ("events.jsonl", "lock")}
+    before = {
+        path: path.read_bytes()
+        for path in sorted(run_dir.rglob("*"))
+        if path.is_file() and path.name not in ("events.jsonl", "lock")
+    }
     expected = change(bench, run_dir, monkeypatch)
     if change is change_setting:
         before[run_dir / "run.yaml"] = (run_dir / "run.yaml").read_bytes()
@@ -379,7 +399,9 @@ def test_what_was_accepted_once_is_what_the_next_resume_compares_with(bench: Ben
 
 def test_settings_that_shape_no_result_may_change(stopped: Path, bench: Bench) -> None:
     path = stopped / "run.yaml"
-    path.write_text(path.read_text().replace("keep_checkpoints: 3", "keep_checkpoints: 9").replace("max_new_tokens: 128", "max_new_tokens: 7"))
+    path.write_text(
+        path.read_text().replace("keep_checkpoints: 3", "keep_checkpoints: 9").replace("max_new_tokens: 128", "max_new_tokens: 7")
+    )
     assert bench.resume(stopped).status == "succeeded"
 
 

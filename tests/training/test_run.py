@@ -37,7 +37,9 @@ def test_a_run_directory_holds_everything_that_the_run_was(bench: Bench, with_re
     assert all(find_damage(checkpoint.path) is None for checkpoint in list_complete(result.run_dir / "checkpoints"))
 
 
-def test_the_adapter_names_its_base_so_that_it_is_found_from_any_folder_and_holds_no_pickle(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapter_names_its_base_so_that_it_is_found_from_any_folder_and_holds_no_pickle(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = bench.base
     monkeypatch.chdir(base.parent)
     bench.base = Path(base.name)
@@ -59,7 +61,9 @@ def prompt_logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "prefix"])
-def test_the_adapter_loads_with_plain_peft_and_answers_as_the_model_in_memory_did(bench: Bench, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapter_loads_with_plain_peft_and_answers_as_the_model_in_memory_did(
+    bench: Bench, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -101,13 +105,18 @@ def test_the_metrics_are_those_of_the_lines(bench: Bench) -> None:
     assert metrics["train_loss"] == pytest.approx((5 * losses[0] + 5 * losses[1] + 2 * losses[2]) / 12)
     assert (metrics["best_step"], metrics["eval_loss"], metrics["best_eval_loss"]) == (best, evals[best], evals[best])
     assert metrics["perplexity"] == pytest.approx(math.exp(evals[best])) and metrics["steps"] == 12
-    assert metrics["train_examples"] + metrics["eval_examples"] == 30 and metrics["trainable_parameters"] < metrics["total_parameters"]
+    assert (
+        metrics["train_examples"] + metrics["eval_examples"] == 30
+        and metrics["trainable_parameters"] < metrics["total_parameters"]
+    )
 
 
 def test_speed_counts_the_examples_really_seen(bench: Bench) -> None:
     """A last batch that is not full counts as what it is."""
     write_rows(bench.data, sums(5))
-    metrics = bench.train(data__eval_fraction=0.0, training__epochs=3, training__batch_size=4, training__gradient_accumulation=4).metrics
+    metrics = bench.train(
+        data__eval_fraction=0.0, training__epochs=3, training__batch_size=4, training__gradient_accumulation=4
+    ).metrics
     assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(15)
 
 
@@ -161,7 +170,13 @@ def test_a_sink_that_fails_does_not_stop_a_run(bench: Bench) -> None:
 
 
 def test_lowering_the_rate_of_full_fine_tuning_is_a_decision_and_a_warning(bench: Bench) -> None:
-    bench.train(method__kind="full", training__learning_rate=5e-4, training__log_steps=1, training__warmup_ratio=0.0, training__max_steps=3)
+    bench.train(
+        method__kind="full",
+        training__learning_rate=5e-4,
+        training__log_steps=1,
+        training__warmup_ratio=0.0,
+        training__max_steps=3,
+    )
     assert bench.seen("decision", setting="training.learning_rate")[0]["value"] == 2e-5
     (warning,) = bench.seen("warning", code="LEARNING_RATE_LOWERED")
     assert "0.0005" in warning["message"] and warning["advice"] and bench.seen("log")[0]["learning_rate"] == pytest.approx(2e-5)
@@ -182,13 +197,21 @@ def test_a_tokenizer_with_neither_padding_nor_end_token_can_be_trained_with(benc
 # --- how it stands ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("moment", "status"), [(at("phase", name="training"), "running"), (at("phase", name="checking"), "running")])
+@pytest.mark.parametrize(
+    ("moment", "status"), [(at("phase", name="training"), "running"), (at("phase", name="checking"), "running")]
+)
 def test_a_run_at_work_is_running(bench: Bench, moment: Callable[[Any], bool], status: str) -> None:
     seen = []
     bench.train(sinks=[lambda event: seen.append(run_status(bench.newest())) if moment(event) else None], training__max_steps=2)
     assert seen == [status] and run_status(bench.newest()) == "succeeded"
     summary = run_summary(bench.newest())
-    assert (summary["status"], summary["method"], summary["base"], summary["step"], summary["total_steps"]) == ("succeeded", "lora", str(bench.base), 2, 2)
+    assert (summary["status"], summary["method"], summary["base"], summary["step"], summary["total_steps"]) == (
+        "succeeded",
+        "lora",
+        str(bench.base),
+        2,
+        2,
+    )
 
 
 def test_a_run_whose_process_vanished_is_interrupted_and_a_recycled_pid_does_not_revive_it(bench: Bench) -> None:
@@ -208,7 +231,9 @@ def test_a_run_with_a_broken_run_file_is_listed_as_damaged_not_hidden(bench: Ben
     assert run_summary(run_dir)["status"] == "damaged"
 
 
-def test_an_unexpected_error_is_one_of_ours_with_a_code_and_keeps_its_trace(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_one_of_ours_with_a_code_and_keeps_its_trace(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from finetuneflow.training.trainer import SupervisedTrainer
 
     def broken(*args: Any, **kwargs: Any) -> None:

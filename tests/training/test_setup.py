@@ -48,7 +48,12 @@ def test_the_precision_is_what_the_machine_computes_fast_and_a_substitute_is_sai
 
 @pytest.mark.parametrize(
     ("wanted", "optimizer", "said"),
-    [("auto", "adamw_torch_fused", True), ("paged_adamw_8bit", "adamw_8bit", True), ("adamw_8bit", "adamw_8bit", False), ("adafactor", "adafactor", False)],
+    [
+        ("auto", "adamw_torch_fused", True),
+        ("paged_adamw_8bit", "adamw_8bit", True),
+        ("adamw_8bit", "adamw_8bit", False),
+        ("adafactor", "adafactor", False),
+    ],
 )
 def test_paged_memory_is_replaced_on_a_cpu(monkeypatch: pytest.MonkeyPatch, wanted: str, optimizer: str, said: bool) -> None:
     found, decisions = choose(monkeypatch, training__optimizer=wanted)
@@ -57,21 +62,34 @@ def test_paged_memory_is_replaced_on_a_cpu(monkeypatch: pytest.MonkeyPatch, want
 
 @pytest.mark.parametrize(
     ("kind", "rate", "used"),
-    [("full", 2e-4, 2e-5), ("full", 5e-4, 2e-5), ("full", 1.99e-4, 1.99e-4), ("full", 1e-5, 1e-5), ("lora", 2e-4, 2e-4), ("qlora", 1e-2, 1e-2)],
+    [
+        ("full", 2e-4, 2e-5),
+        ("full", 5e-4, 2e-5),
+        ("full", 1.99e-4, 1.99e-4),
+        ("full", 1e-5, 1e-5),
+        ("lora", 2e-4, 2e-4),
+        ("qlora", 1e-2, 1e-2),
+    ],
 )
-def test_full_fine_tuning_lowers_a_rate_made_for_adapters_with_a_warning(monkeypatch: pytest.MonkeyPatch, kind: str, rate: float, used: float) -> None:
+def test_full_fine_tuning_lowers_a_rate_made_for_adapters_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, kind: str, rate: float, used: float
+) -> None:
     found, decisions = choose(monkeypatch, method__kind=kind, training__learning_rate=rate)
     assert found.learning_rate == used
     assert ("training.learning_rate" in decisions) == (used != rate)
     if used != rate:
-        assert decisions["training.learning_rate"].warning == "LEARNING_RATE_LOWERED" and decisions["training.learning_rate"].advice
+        assert (
+            decisions["training.learning_rate"].warning == "LEARNING_RATE_LOWERED" and decisions["training.learning_rate"].advice
+        )
 
 
 @pytest.mark.parametrize(("kind", "dtype", "bf16", "storage"), [
     ("lora", "auto", True, "bfloat16"), ("lora", "auto", False, "float32"), ("lora", "float32", True, "float32"),
     ("full", "auto", True, "float32"), ("full", "bfloat16", True, "float32"),
 ])  # fmt: skip
-def test_weights_that_are_trained_are_kept_in_32_bits(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str, bf16: bool, storage: str) -> None:
+def test_weights_that_are_trained_are_kept_in_32_bits(
+    monkeypatch: pytest.MonkeyPatch, kind: str, dtype: str, bf16: bool, storage: str
+) -> None:
     found, decisions = choose(monkeypatch, bf16=bf16, method__kind=kind, model__dtype=dtype, training__learning_rate=1e-5)
     assert found.storage_dtype == storage and ("model.dtype" in decisions) == (dtype == "bfloat16")
 
@@ -93,7 +111,9 @@ def test_threads_are_measured_unless_given_and_an_earlier_choice_is_repeated(mon
     monkeypatch.setattr(hardware, "measure_threads", lambda *a, **k: hardware.ThreadChoice(3, {3: 1.0}, "measured here"))
     config = build_config({})[0]
     measured = choose_setup(config)
-    assert measured.threads == 3 and any(d.setting == "training.threads" and d.reason == "measured here" for d in measured.decisions)
+    assert measured.threads == 3 and any(
+        d.setting == "training.threads" and d.reason == "measured here" for d in measured.decisions
+    )
     assert choose_setup(config, threads=2).threads == 2
     assert choose_setup(build_config({"training": {"threads": 5}})[0]).threads == 5
 

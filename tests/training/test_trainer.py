@@ -57,7 +57,9 @@ class Prepared:
         self.model = objectives.load_model(self.config, setup, None, self.emit)
         evaluates = self.materials.prepared.eval is not None
         monitor = Monitor(self.emit, Progress(), self.config.training, run_dir, evaluates=evaluates)
-        self.trainer = objectives.build_trainer(self.config, self.config.training, setup, self.materials, self.model, monitor, run_dir)
+        self.trainer = objectives.build_trainer(
+            self.config, self.config.training, setup, self.materials, self.model, monitor, run_dir
+        )
         self.watch = Watch()
         self.trainer.add_callback(self.watch)
         self.trainer.data_collator = self._recording(collator or self.trainer.data_collator)
@@ -96,7 +98,9 @@ def reference_step(model: Any, rows: list[dict[str, Any]]) -> float:
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 4), (8, 1), (1, 8), (3, 2)])
-def test_loss_and_gradients_are_transformers_own_over_the_whole_accumulated_step(bench: Bench, batch: int, accumulation: int) -> None:
+def test_loss_and_gradients_are_transformers_own_over_the_whole_accumulated_step(
+    bench: Bench, batch: int, accumulation: int
+) -> None:
     ours = Prepared(bench, **ONE_STEP, training__batch_size=batch, training__gradient_accumulation=accumulation)
     reference = fresh_model(bench.base)
     ours.trainer.train()
@@ -180,7 +184,9 @@ def test_padding_changes_neither_loss_nor_gradients(bench: Bench, multiple_of: i
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 def test_recomputed_activations_give_the_same_curve(bench: Bench, checkpointing: str) -> None:
-    run = bench.train(method__dropout=0.0, training__max_steps=3, training__log_steps=1, training__gradient_checkpointing=checkpointing)
+    run = bench.train(
+        method__dropout=0.0, training__max_steps=3, training__log_steps=1, training__gradient_checkpointing=checkpointing
+    )
     losses = [line["loss"] for line in run.metrics["train_loss_curve"]]
     plain = bench.train(method__dropout=0.0, training__max_steps=3, training__log_steps=1).metrics["train_loss_curve"]
     assert losses == pytest.approx([line["loss"] for line in plain], abs=1e-5)
@@ -245,7 +251,9 @@ def test_gradients_are_clipped_to_the_norm_asked_for_and_logged_as_they_were(ben
     assert clipped.logged("grad_norm") == pytest.approx(free.logged("grad_norm"))
 
 
-def plain_training(model: Any, rows: list[dict[str, Any]], *, steps: int, size: int, peak: float, decay: float, clip: float) -> list[float]:
+def plain_training(
+    model: Any, rows: list[dict[str, Any]], *, steps: int, size: int, peak: float, decay: float, clip: float
+) -> list[float]:
     """AdamW, cosine after 3 % warm-up, clipping: written out, one row at a time, nothing but PyTorch."""
     norms = {name for name, _ in model.named_parameters() if "norm" in name}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
@@ -267,7 +275,13 @@ def plain_training(model: Any, rows: list[dict[str, Any]], *, steps: int, size: 
 
 
 def test_a_run_follows_a_training_loop_written_out_by_hand(bench: Bench) -> None:
-    settings = {**ONE_STEP, "training__max_steps": 10, "training__warmup_ratio": 0.03, "training__weight_decay": 0.5, "training__max_grad_norm": 0.3}
+    settings = {
+        **ONE_STEP,
+        "training__max_steps": 10,
+        "training__warmup_ratio": 0.03,
+        "training__weight_decay": 0.5,
+        "training__max_grad_norm": 0.3,
+    }
     settings["training__eval_steps"] = 1000  # an evaluation would put its rows among those recorded
     ours = Prepared(bench, **settings)
     ours.trainer.train()

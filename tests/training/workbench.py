@@ -86,11 +86,15 @@ class Bench:
             (values.setdefault(section, {}) if section else values)[name] = value
         return build_config(values)[0]
 
-    def train(self, config: RunConfig | None = None, *, sinks: Iterable[Callable[[Event], None]] = (), **settings: Any) -> runs.RunResult:
+    def train(
+        self, config: RunConfig | None = None, *, sinks: Iterable[Callable[[Event], None]] = (), **settings: Any
+    ) -> runs.RunResult:
         self.events = []
         return runs.train(config or self.config(**settings), workspace=self.workspace, sinks=[self.events.append, *sinks])
 
-    def resume(self, run_dir: Path, *, sinks: Iterable[Callable[[Event], None]] = (), accept_changes: bool = False) -> runs.RunResult:
+    def resume(
+        self, run_dir: Path, *, sinks: Iterable[Callable[[Event], None]] = (), accept_changes: bool = False
+    ) -> runs.RunResult:
         self.events = []
         return runs.resume(run_dir, workspace=self.workspace, sinks=[self.events.append, *sinks], accept_changes=accept_changes)
 

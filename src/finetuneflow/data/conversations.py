@@ -50,15 +50,23 @@ class RowFault(Exception):
 def read_messages(items: Any, notes: list[str]) -> tuple[Message, ...]:
     """Messages as written, before the rules of `trainable`."""
     if not isinstance(items, list) or not items:
-        raise RowFault("ROW_NO_MESSAGES", f"the list of turns is {'empty' if items == [] else visible(repr(items), 60)}", "Give a list with a user turn and an assistant turn.")
+        raise RowFault(
+            "ROW_NO_MESSAGES",
+            f"the list of turns is {'empty' if items == [] else visible(repr(items), 60)}",
+            "Give a list with a user turn and an assistant turn.",
+        )
     if all(isinstance(item, str) for item in items):
-        raise RowFault("ROW_WRONG_TYPE", "turns without roles (bare strings)", 'Write each turn as {"role": "user", "content": …}.')
+        raise RowFault(
+            "ROW_WRONG_TYPE", "turns without roles (bare strings)", 'Write each turn as {"role": "user", "content": …}.'
+        )
     return tuple(_read_message(item, index, notes) for index, item in enumerate(items))
 
 
 def _read_message(item: Any, index: int, notes: list[str]) -> Message:
     if not isinstance(item, dict):
-        raise RowFault("ROW_WRONG_TYPE", f"turn {index} is {type_name(item)}", 'Write each turn as {"role": "user", "content": …}.')
+        raise RowFault(
+            "ROW_WRONG_TYPE", f"turn {index} is {type_name(item)}", 'Write each turn as {"role": "user", "content": …}.'
+        )
     spelled = _first_value(item, ROLE_KEYS)
     role = read_role(spelled, index)
     content = _first_value(item, CONTENT_KEYS)
@@ -92,13 +100,19 @@ def _optional_text(value: Any) -> str | None:
 def read_role(spelled: Any, index: int) -> Role:
     """The canonical role, or a fault that names the nearest one."""
     if not isinstance(spelled, str):
-        raise RowFault("ROW_UNKNOWN_ROLE", f"turn {index} has no role", "Each turn needs `role` (or `from`): system, user, assistant or tool.")
+        raise RowFault(
+            "ROW_UNKNOWN_ROLE",
+            f"turn {index} has no role",
+            "Each turn needs `role` (or `from`): system, user, assistant or tool.",
+        )
     role = ROLES.get(spelled) or ROLES.get(spelled.strip().lower())
     if role is None:
         key = spelled.strip().lower()
         close = difflib.get_close_matches(key, ROLES, n=1)
         meant = LIKELY_ROLES.get(key) or (ROLES[close[0]] if close else None)
-        hint = f"role `{visible(spelled, 40)}`: did you mean `{meant}`?" if meant else "Roles are system, user, assistant and tool."
+        hint = (
+            f"role `{visible(spelled, 40)}`: did you mean `{meant}`?" if meant else "Roles are system, user, assistant and tool."
+        )
         raise RowFault("ROW_UNKNOWN_ROLE", f"role `{visible(spelled, 40)}` in turn {index}", hint)
     return role
 
@@ -108,7 +122,11 @@ def _weight(item: dict[str, Any], index: int) -> float:
         return 0.0
     value = next((item[key] for key in ("loss_weight", "weight") if item.get(key) is not None), 1.0)
     if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise RowFault("ROW_WRONG_TYPE", f"turn {index} has the weight {visible(repr(value), 40)}", "A weight is a number from 0 (not learned) up.")
+        raise RowFault(
+            "ROW_WRONG_TYPE",
+            f"turn {index} has the weight {visible(repr(value), 40)}",
+            "A weight is a number from 0 (not learned) up.",
+        )
     return float(value)
 
 
@@ -141,22 +159,43 @@ def _read_parts(parts: list[Any], what: str, notes: list[str]) -> str:
             raise media_fault(kind)
         text = part.get("text") if part.get("text") is not None else part.get("value")
         if kind not in PART_TEXT_TYPES or not isinstance(text, str):
-            raise RowFault("ROW_WRONG_TYPE", f"{what}: a content part of type {visible(kind, 30)!r} without text", 'Parts must be {"type": "text", "text": …}.')
+            raise RowFault(
+                "ROW_WRONG_TYPE",
+                f"{what}: a content part of type {visible(kind, 30)!r} without text",
+                'Parts must be {"type": "text", "text": …}.',
+            )
         texts.append(text)
     return "".join(texts)
 
 
 def wrong_type(what: str, value: Any) -> RowFault:
-    return RowFault("ROW_WRONG_TYPE", f"{what} is {type_name(value)}: {visible(repr(value)[:200], 60)}", "Make it text, or name the right column with a mapping.")
+    return RowFault(
+        "ROW_WRONG_TYPE",
+        f"{what} is {type_name(value)}: {visible(repr(value)[:200], 60)}",
+        "Make it text, or name the right column with a mapping.",
+    )
 
 
 def type_name(value: Any) -> str:
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number", type(None): "null", bytes: "binary data"}
+    names: dict[type, str] = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+        bytes: "binary data",
+    }
     return names.get(type(value), type(value).__name__)
 
 
 def media_fault(kind: str) -> RowFault:
-    return RowFault("ROW_MEDIA", f"the row needs {visible(kind, 30)}", "Images, sound and files are not supported: only text is learned. Remove such rows or describe the picture in words.")
+    return RowFault(
+        "ROW_MEDIA",
+        f"the row needs {visible(kind, 30)}",
+        "Images, sound and files are not supported: only text is learned. Remove such rows or describe the picture in words.",
+    )
 
 
 # --- tool calls --------------------------------------------------------------------------------
@@ -200,7 +239,9 @@ def _refuse_constant(name: str) -> Any:
 
 
 def bad_call(index: int, found: str) -> RowFault:
-    return RowFault("ROW_BAD_TOOL_CALL", f"turn {index}: {found}", 'A call is {"name": …, "arguments": {…}}; half of one is never learned.')
+    return RowFault(
+        "ROW_BAD_TOOL_CALL", f"turn {index}: {found}", 'A call is {"name": …, "arguments": {…}}; half of one is never learned.'
+    )
 
 
 def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
@@ -211,7 +252,9 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
         try:
             value = json.loads(value, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise RowFault("ROW_BAD_TOOLS", f"`tools` is not JSON: {visible(value, 50)}", "Write tools as a list of JSON objects.") from error
+            raise RowFault(
+                "ROW_BAD_TOOLS", f"`tools` is not JSON: {visible(value, 50)}", "Write tools as a list of JSON objects."
+            ) from error
     if value is None:
         return ()
     tools = value if isinstance(value, list) else [value]
@@ -238,7 +281,9 @@ def trainable(messages: tuple[Message, ...], notes: list[str]) -> tuple[Message,
     _require_prompt(turns)
     turns = [_silenced(turn, notes) for turn in turns]
     if not any(turn.role == "assistant" and turn.weight > 0 for turn in turns):
-        raise RowFault("ROW_NOTHING_SUPERVISED", "every assistant turn has the weight 0", "Give at least one answer a weight above 0.")
+        raise RowFault(
+            "ROW_NOTHING_SUPERVISED", "every assistant turn has the weight 0", "Give at least one answer a weight above 0."
+        )
     _check_tool_turns(turns, notes)
     return tuple(turns)
 
@@ -258,7 +303,11 @@ def prompt_messages(messages: tuple[Message, ...], notes: list[str]) -> tuple[Me
     _require_prompt(turns)
     turns = [_silenced(turn, notes) for turn in turns]
     if turns[-1].role not in ("user", "tool"):
-        raise RowFault("ROW_BAD_PREFERENCE", "the shared prompt ends with an assistant turn", "Both answers must reply to the same user turn.")
+        raise RowFault(
+            "ROW_BAD_PREFERENCE",
+            "the shared prompt ends with an assistant turn",
+            "Both answers must reply to the same user turn.",
+        )
     _check_tool_turns(turns, notes)
     return tuple(turns)
 
@@ -315,7 +364,11 @@ def _joined(turns: list[Message], notes: list[str]) -> list[Message]:
 def _join(run: list[Message]) -> Message:
     said = [turn for turn in run if not is_blank_answer(turn)] or run
     if len({turn.weight for turn in said}) > 1:
-        raise RowFault("ROW_SAME_ROLE_TWICE", "assistant turns in a row with different weights", "Join them, or put the user's turn between them.")
+        raise RowFault(
+            "ROW_SAME_ROLE_TWICE",
+            "assistant turns in a row with different weights",
+            "Join them, or put the user's turn between them.",
+        )
     texts = [turn.content for turn in run if turn.content.strip()]
     calls = tuple(call for turn in run for call in turn.tool_calls)
     return replace(said[0], content="\n\n".join(texts), tool_calls=calls)
@@ -327,7 +380,9 @@ def _until_last_answer(turns: list[Message], notes: list[str]) -> list[Message]:
         notes.append("empty_answer_dropped" if turns[end - 1].role == "assistant" else "ends_without_answer")
         end -= 1
     if not end:
-        raise RowFault("ROW_NO_ASSISTANT", "no answer after the first user turn", "Add the assistant's answer to the user's turn.")
+        raise RowFault(
+            "ROW_NO_ASSISTANT", "no answer after the first user turn", "Add the assistant's answer to the user's turn."
+        )
     return turns[:end]
 
 
@@ -354,10 +409,18 @@ def _check_tool_turns(turns: list[Message], notes: list[str]) -> None:
 def _check_result(result: Message, index: int, caller: Message | None, notes: list[str]) -> None:
     if caller is None or not caller.tool_calls:
         if caller is None or caller.role != "assistant" or not CALL_IN_TEXT.search(caller.content):
-            raise RowFault("ROW_BAD_TOOL_CALL", f"turn {index}: a tool result without a call before it", "Put the assistant's tool call before its result.")
+            raise RowFault(
+                "ROW_BAD_TOOL_CALL",
+                f"turn {index}: a tool result without a call before it",
+                "Put the assistant's tool call before its result.",
+            )
         notes.append("tool_call_as_text")
         return
     answered = result.tool_call_id
     ids = {call.id for call in caller.tool_calls if call.id} if answered is not None else set()
     if ids and answered not in ids:
-        raise RowFault("ROW_BAD_TOOL_CALL", f"turn {index}: result for the unknown call {visible(str(answered), 40)!r}", "`tool_call_id` must name a call of the turn before.")
+        raise RowFault(
+            "ROW_BAD_TOOL_CALL",
+            f"turn {index}: result for the unknown call {visible(str(answered), 40)!r}",
+            "`tool_call_id` must name a call of the turn before.",
+        )

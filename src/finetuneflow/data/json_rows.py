@@ -62,7 +62,11 @@ class StrictJson:
         if len(result) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            self._fault = Fault("ROW_DUPLICATE_KEY", f"the key {visible(twice, 40)!r} appears twice in one object", "Keep one of the two; which one is meant cannot be guessed.")
+            self._fault = Fault(
+                "ROW_DUPLICATE_KEY",
+                f"the key {visible(twice, 40)!r} appears twice in one object",
+                "Keep one of the two; which one is meant cannot be guessed.",
+            )
         return result
 
     def _float(self, digits: str) -> float:
@@ -90,7 +94,11 @@ class StrictJson:
         if "\\u" not in raw:
             return None
         if SURROGATE_ESCAPE.search(raw) and not all(is_clean(part) for part in strings_in(value)):
-            return Fault("ROW_LONE_SURROGATE", "half of a surrogate pair (\\ud800-\\udfff) stands alone", "Write the character itself, or both halves.")
+            return Fault(
+                "ROW_LONE_SURROGATE",
+                "half of a surrogate pair (\\ud800-\\udfff) stands alone",
+                "Write the character itself, or both halves.",
+            )
         if "\\u0000" in raw and any("\0" in part for part in strings_in(value)):
             return nul_fault()
         return None
@@ -100,7 +108,11 @@ class StrictJson:
 
 
 def bad_number(digits: str) -> Fault:
-    return Fault("ROW_BAD_NUMBER", f"the number {visible(digits, 24)}", "JSON has no NaN and no infinity, and numbers must fit a 64-bit float; use null or text.")
+    return Fault(
+        "ROW_BAD_NUMBER",
+        f"the number {visible(digits, 24)}",
+        "JSON has no NaN and no infinity, and numbers must fit a 64-bit float; use null or text.",
+    )
 
 
 def too_deep(depth: int) -> Fault:
@@ -108,7 +120,11 @@ def too_deep(depth: int) -> Fault:
 
 
 def too_long(limit_chars: int) -> Fault:
-    return Fault("ROW_TOO_LONG", f"more than {limit_chars:,} characters in one row", "Split the row; if line ends are missing, write one row per line.")
+    return Fault(
+        "ROW_TOO_LONG",
+        f"more than {limit_chars:,} characters in one row",
+        "Split the row; if line ends are missing, write one row per line.",
+    )
 
 
 def nul_fault() -> Fault:
@@ -120,7 +136,12 @@ def invalid_text(raw: str) -> Fault:
     found = SURROGATE.search(raw)
     position = found.start() if found else 0
     shown = visible(raw[max(0, position - 20) : position + 20], 80)
-    return Fault("ROW_INVALID_ENCODING", f"bytes that are not valid text: …{shown}…", "Convert the file to UTF-8 (for example: iconv -f cp1252 -t utf-8).", position + 1)
+    return Fault(
+        "ROW_INVALID_ENCODING",
+        f"bytes that are not valid text: …{shown}…",
+        "Convert the file to UTF-8 (for example: iconv -f cp1252 -t utf-8).",
+        position + 1,
+    )
 
 
 def json_fault(error: json.JSONDecodeError, start: int = 0) -> Fault:
@@ -136,7 +157,9 @@ def _json_hint(error: json.JSONDecodeError) -> str:
     before = error.doc[max(0, error.pos - 200) : error.pos].rstrip()[-1:]
     if here == "'":
         return "JSON strings use double quotes; this looks like printed Python. Write rows with json.dumps."
-    if (before == "," and here in ("}", "]", '"')) or (error.msg.startswith(("Expecting property name", "Illegal trailing comma"))):
+    if (before == "," and here in ("}", "]", '"')) or (
+        error.msg.startswith(("Expecting property name", "Illegal trailing comma"))
+    ):
         return "Remove the comma before the closing bracket, and quote every key."
     if error.msg.startswith("Invalid control character"):
         return "A line break or control character inside a string must be written as \\n or \\u00XX."
@@ -285,13 +308,25 @@ class ArrayReader:
             yield self._value()
             comma_line = window.line if self._take_comma() else None
         if char == "":
-            yield Parsed(window.line, fault=Fault("ROW_TRUNCATED", "the file ends before the closing ]", "The file was cut; write or download it again."))
+            yield Parsed(
+                window.line,
+                fault=Fault(
+                    "ROW_TRUNCATED", "the file ends before the closing ]", "The file was cut; write or download it again."
+                ),
+            )
             return
         if comma_line is not None:
             yield Parsed(comma_line, fault=stray_comma())
         window.advance(window.position + 1)
         if window.next_char():
-            yield Parsed(window.line, fault=Fault("ROW_BAD_JSON", f"text after the closing ]: {self._excerpt()}", "Put all rows inside one array, or write one per line."))
+            yield Parsed(
+                window.line,
+                fault=Fault(
+                    "ROW_BAD_JSON",
+                    f"text after the closing ]: {self._excerpt()}",
+                    "Put all rows inside one array, or write one per line.",
+                ),
+            )
 
     def documents(self) -> Iterator[Parsed]:
         """Values that follow each other with blanks between, each over as many lines as it likes."""

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ import psutil
 from finetuneflow.data.examples import Example, Kind, Mapping, Problem, to_examples, write_canonical
 from finetuneflow.data.sources import read_rows
 from finetuneflow.data.splits import leaks, split
+from finetuneflow.data.spool import Selection, Spool
 from finetuneflow.data.templates import Template
 from finetuneflow.data.tokens import MASKED, Policy, TokenizeStats, audit, tokenize_many
 from finetuneflow.errors import DataError
@@ -30,6 +32,7 @@ from finetuneflow.events import Emit
 from finetuneflow.workspace import sha256_file, sha256_json, source_digest, translate_os_errors, write_json
 
 ROWS_PER_BATCH = 1_000
+PROBLEMS_KEPT = 10_000  # written to problems.jsonl; more would say nothing new
 BUILDING = ".building-"  # beginning of the name of a folder that is being filled; the process id follows
 
 
@@ -65,7 +68,10 @@ class Prepared:
     @property
     def files(self) -> dict[str, str]:
         """What each data file held: name -> size and hash, in words."""
-        return {entry["file"]: f"{entry['bytes']:,} bytes, SHA-256 {entry['sha256'][:16]}" for entry in (*self.manifest["train"], *self.manifest["eval"])}
+        return {
+            entry["file"]: f"{entry['bytes']:,} bytes, SHA-256 {entry['sha256'][:16]}"
+            for entry in (*self.manifest["train"], *self.manifest["eval"])
+        }
 
     def place(self, index: int) -> str:
         """File and row a training row came from."""
@@ -102,7 +108,9 @@ def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir
         _build(recipe, files, template, folder, emit)
         found = _open(folder, digest)
     if found is None:
-        raise DataError("DATASET_UNREADABLE", "The tokens just written cannot be read back.", where=str(folder), remedy="Check the disk.")
+        raise DataError(
+            "DATASET_UNREADABLE", "The tokens just written cannot be read back.", where=str(folder), remedy="Check the disk."
+        )
     return found
 
 
@@ -122,19 +130,24 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Read:
-    """What some files hold: usable examples, problems, and examples of kinds the objective cannot use."""
+    """What some files hold: usable examples, problems (all counted, the first ones kept), and examples of kinds the objective cannot use."""
 
     names: Sequence[str]
-
-    examples: list[Example] = field(default_factory=list)
+    examples: Spool
     problems: list[Problem] = field(default_factory=list)
+    rejected: Counter[str] = field(default_factory=Counter)
     unsuited: Counter[str] = field(default_factory=Counter)
+
+    def reject(self, problem: Problem) -> None:
+        self.rejected[problem.code] += 1
+        if len(self.problems) < PROBLEMS_KEPT:
+            self.problems.append(problem)
 
 
 def _build(recipe: Recipe, files: dict[str, dict[str, Any]], template: Template, folder: Path, emit: Emit) -> None:
     """Fill a temporary folder and rename it: a killed build leaves no half cache."""
-    train_read = _read(recipe.train, recipe)
-    eval_read = _read(recipe.eval, recipe) if recipe.eval else None
+    train_read = _read(recipe.train, recipe, folder.parent)
+    eval_read = _read(recipe.eval, recipe, folder.parent) if recipe.eval else None
     for read in (train_read, eval_read):
         if read is not None:
             _check_threshold(read, recipe)
@@ -149,7 +162,7 @@ def _build(recipe: Recipe, files: dict[str, dict[str, Any]], template: Template,
             eval_stats = _write_tokens(held_out, template, recipe.policy, temporary / "eval.arrow")
             _report_held_out(eval_stats, emit)
             problems = [*train_read.problems, *(eval_read.problems if eval_read else [])]
-            write_canonical([*held_out, *problems], temporary / "eval.jsonl", problems_path=temporary / "problems.jsonl")
+            write_canonical(chain(held_out, problems), temporary / "eval.jsonl", problems_path=temporary / "problems.jsonl")
             manifest = _manifest(recipe, files, template, train_read, eval_read, train, held_out, stats, eval_stats)
             write_json(temporary / "manifest.json", manifest)
             shutil.rmtree(folder, ignore_errors=True)
@@ -167,14 +180,14 @@ def _remove_leftovers(cache_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(names: Sequence[str], recipe: Recipe) -> _Read:
+def _read(names: Sequence[str], recipe: Recipe, spool_dir: Path) -> _Read:
     """All usable examples of some files, up to `limit`; kinds the objective cannot use are counted apart."""
-    found = _Read(names)
+    found = _Read(names, Spool(spool_dir))
     mapping = Mapping(**recipe.mapping) if recipe.mapping else None
     for name in names:
         for item in to_examples(read_rows(Path(name), encoding=recipe.encoding), mapping, tree_paths=recipe.tree_paths):
             if isinstance(item, Problem):
-                found.problems.append(item)
+                found.reject(item)
             elif item.kind in recipe.takes:
                 found.examples.append(item)
             else:
@@ -189,17 +202,18 @@ def _check_threshold(read: _Read, recipe: Recipe) -> None:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in read.unsuited.items())
         raise DataError(
             "TRAINING_NO_DATA",
-            f"No example in {', '.join(read.names)} can be used: {len(read.problems):,} rows were rejected"
+            f"No example in {', '.join(read.names)} can be used: {read.rejected.total():,} rows were rejected"
             + (f", and {kinds} examples are for other objectives." if kinds else "."),
             where=str(read.problems[0].place) if read.problems else None,
             remedy=(f"{read.problems[0].hint} " if read.problems else "") + "`ftf data check` shows every reason.",
         )
-    share = len(read.problems) / (len(read.problems) + len(read.examples))
+    rejected = read.rejected.total()
+    share = rejected / (rejected + len(read.examples))
     if share > recipe.reject_threshold:
-        reasons = Counter(problem.code for problem in read.problems).most_common(3)
+        reasons = read.rejected.most_common(3)
         raise DataError(
             "DATASET_TOO_MANY_REJECTED",
-            f"{len(read.problems):,} of {len(read.problems) + len(read.examples):,} rows of {', '.join(read.names)} ({share:.1%}) cannot be used: "
+            f"{rejected:,} of {rejected + len(read.examples):,} rows of {', '.join(read.names)} ({share:.1%}) cannot be used: "
             + ", ".join(f"{code} {count:,}" for code, count in reasons)
             + f"; the limit is {recipe.reject_threshold:.0%}.",
             where=str(read.problems[0].place),
@@ -208,8 +222,8 @@ def _check_threshold(read: _Read, recipe: Recipe) -> None:
 
 
 def _divide(
-    examples: list[Example], given: list[Example] | None, recipe: Recipe, emit: Emit
-) -> tuple[list[Example], list[Example]]:
+    examples: Sequence[Example], given: Sequence[Example] | None, recipe: Recipe, emit: Emit
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """(training, held out): the given evaluation examples, or a seeded share in which no duplicate straddles."""
     if given is not None:
         if shared := leaks(examples, given):
@@ -233,7 +247,7 @@ def _divide(
     parts = split(examples, eval_fraction=fraction, seed=recipe.seed)
     for text in parts.warnings:
         emit("warning", code="SPLIT", message=text, advice="")
-    return [examples[i] for i in parts.train_indices], [examples[i] for i in parts.eval_indices]
+    return Selection(examples, parts.train_indices), Selection(examples, parts.eval_indices)
 
 
 @dataclass(slots=True)
@@ -265,7 +279,9 @@ def _write_tokens(examples: Sequence[Example], template: Template, policy: Polic
     return written
 
 
-def _token_rows(examples: Sequence[Example], template: Template, policy: Policy, stats: TokenizeStats) -> Iterator[dict[str, Any]]:
+def _token_rows(
+    examples: Sequence[Example], template: Template, policy: Policy, stats: TokenizeStats
+) -> Iterator[dict[str, Any]]:
     index = 0
     for result in tokenize_many(examples, template, policy, stats=stats):
         if isinstance(result, Problem):
@@ -319,7 +335,12 @@ def _report_held_out(written: _Written, emit: Emit) -> None:
             advice="Raise data.max_length, or give other examples as data.eval.",
         )
     elif stats.dropped:
-        emit("warning", code="EVAL_ROWS_DROPPED", message=f"{stats.dropped:,} of {stats.examples:,} held-out examples are left out ({reasons}).", advice="")
+        emit(
+            "warning",
+            code="EVAL_ROWS_DROPPED",
+            message=f"{stats.dropped:,} of {stats.examples:,} held-out examples are left out ({reasons}).",
+            advice="",
+        )
 
 
 def _manifest(
@@ -334,7 +355,6 @@ def _manifest(
     eval_written: _Written,
 ) -> dict[str, Any]:
     stats = written.stats
-    problems = [*train_read.problems, *(eval_read.problems if eval_read else [])]
     return {
         "train": [files[name] for name in recipe.train],
         "eval": [files[name] for name in recipe.eval],
@@ -342,7 +362,7 @@ def _manifest(
         "template": {"name": template.name, "digest": template.digest},
         "train_examples": len(train),
         "eval_examples": len(held_out),
-        "rejected": dict(Counter(problem.code for problem in problems)),
+        "rejected": dict(train_read.rejected + (eval_read.rejected if eval_read else Counter())),
         "not_for_this_objective": dict(train_read.unsuited),
         "train_rows": written.rows,
         "eval_rows": eval_written.rows,

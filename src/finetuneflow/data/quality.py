@@ -400,4 +400,9 @@ def check_threshold(report: FileReport, limit: float = 0.1) -> None:
             context={"rejected": report.rejected, "rows": report.rows, "limit": limit},
         )
     if not report.usable:
-        raise DataError("DATASET_NOTHING_USABLE", f"{report.file} has no usable example.", where=report.file, remedy="Give a file with at least 2 examples.")
+        raise DataError(
+            "DATASET_NOTHING_USABLE",
+            f"{report.file} has no usable example.",
+            where=report.file,
+            remedy="Give a file with at least 2 examples.",
+        )

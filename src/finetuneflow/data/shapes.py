@@ -34,7 +34,19 @@ from finetuneflow.errors import DataError
 
 MESSAGE_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 QUESTION_KEYS = ("question", "query", "problem", "user", "human")
-ANSWER_KEYS = ("output", "answer", "response", "completion", "best_answer", "canonical_solution", "solution", "target", "answers", "reply", "assistant")
+ANSWER_KEYS = (
+    "output",
+    "answer",
+    "response",
+    "completion",
+    "best_answer",
+    "canonical_solution",
+    "solution",
+    "target",
+    "answers",
+    "reply",
+    "assistant",
+)
 TEXT_KEYS = ("text", "content", "document", "body", "page_content", "passage", "string")
 MEDIA_KEYS = frozenset(("images", "image", "videos", "video", "audios", "audio"))
 GROUP_KEYS = ("group", "document_id", "doc_id", "source_document", "conversation_id", "message_tree_id")
@@ -46,7 +58,17 @@ NO_INPUT = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_]\w*\s*\}\}")
-END_MARKERS = ("###eos_token###", "</s>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<eos>")
+END_MARKERS = (
+    "###eos_token###",
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<eos>",
+)
 ALPACA_PREAMBLE = "Below is an instruction that describes a task"
 INSTRUCTION_MARK, INPUT_MARK, RESPONSE_MARK = "### Instruction:", "\n### Input:", "\n### Response:"
 MARKER_CHARS = 80  # an input that says there is none is never longer
@@ -112,7 +134,13 @@ class ShapeReader:
         """Examples and problems of the rows still held."""
         for places, root, orphan_places in self._trees.take():
             for place in orphan_places:
-                yield Problem(place, "ROW_BAD_TREE", "the parent message was not seen before it", "Keep the rows of a tree together, parents first.", "oasst-flat")
+                yield Problem(
+                    place,
+                    "ROW_BAD_TREE",
+                    "the parent message was not seen before it",
+                    "Keep the rows of a tree together, parents first.",
+                    "oasst-flat",
+                )
             if root is not None:
                 cells = Cells(places[0], {"prompt": root}, self._tree_paths, "oasst-flat")
                 for result in self._read_cells(cells, read_tree):
@@ -220,7 +248,12 @@ def read_pair(cells: Cells) -> list[Example]:
     answer_key = next(key for key in ANSWER_KEYS if key in cells.values)
     refuse_chat_prompt(cells, columns[0])
     prompt = unwrap_alpaca(join_prompt(cells, columns), cells.notes)
-    turns = [*system_turn(cells), *history_turns(cells), Message("user", prompt), Message("assistant", read_answer(cells, answer_key))]
+    turns = [
+        *system_turn(cells),
+        *history_turns(cells),
+        Message("user", prompt),
+        Message("assistant", read_answer(cells, answer_key)),
+    ]
     return [chat(cells, turns)]
 
 
@@ -318,7 +351,9 @@ def chat(cells: Cells, turns: Sequence[Message], tools: tuple[dict[str, Any], ..
     """A chat example after the rules of `trainable`; placeholders are noted."""
     messages = trainable(tuple(turns), cells.notes)
     note_placeholders((message.content for message in messages), cells.notes)
-    return Example("chat", cells.place, cells.shape, messages, tools=tools, group=group or cells.group(), notes=unique(cells.notes))
+    return Example(
+        "chat", cells.place, cells.shape, messages, tools=tools, group=group or cells.group(), notes=unique(cells.notes)
+    )
 
 
 def note_placeholders(texts: Iterator[str], notes: list[str]) -> None:
@@ -342,12 +377,21 @@ def read_self_instruct(cells: Cells) -> list[Example]:
     for instance in instances:
         if not isinstance(instance, dict):
             raise wrong_type("an instance", instance)
-        values = {"instruction": cells.values["instruction"], **{key: instance[key] for key in ("input", "output") if instance.get(key) is not None}}
+        values = {
+            "instruction": cells.values["instruction"],
+            **{key: instance[key] for key in ("input", "output") if instance.get(key) is not None},
+        }
         if "output" not in values:
             raise RowFault("ROW_NO_ANSWER", "an instance without output", "Add the output of each instance.")
         one = Cells(cells.place, values, shape=cells.shape)
         prompt = join_prompt(one, prompt_columns(frozenset(values)))
-        examples.append(chat(one, [Message("user", prompt), Message("assistant", read_answer(one, "output"))], group=group if len(instances) > 1 else None))
+        examples.append(
+            chat(
+                one,
+                [Message("user", prompt), Message("assistant", read_answer(one, "output"))],
+                group=group if len(instances) > 1 else None,
+            )
+        )
     return examples
 
 
@@ -382,7 +426,10 @@ def transcript_turns(text: str) -> tuple[Message, ...] | None:
     parts = TRANSCRIPT_TURN.split(text)
     if parts[0].strip() or len(parts) < 5:
         return None
-    return tuple(Message("user" if role == "Human" else "assistant", said.strip()) for role, said in zip(parts[1::2], parts[2::2], strict=True))
+    return tuple(
+        Message("user" if role == "Human" else "assistant", said.strip())
+        for role, said in zip(parts[1::2], parts[2::2], strict=True)
+    )
 
 
 # --- conversations -------------------------------------------------------------------------------
@@ -401,7 +448,11 @@ def conversation(cells: Cells) -> tuple[Message, ...]:
         items = parsed_cell(items, key)
     if key == "turns" and isinstance(items, list) and items and all(isinstance(item, str) for item in items):
         cells.shape = "turns"
-        raise RowFault("ROW_NO_ANSWER", f"questions only: {visible(items[0], 60)}", "Join the file that holds the answers, or keep it for evaluation.")
+        raise RowFault(
+            "ROW_NO_ANSWER",
+            f"questions only: {visible(items[0], 60)}",
+            "Join the file that holds the answers, or keep it for evaluation.",
+        )
     if isinstance(items, list) and items and isinstance(items[0], dict) and "from" in items[0] and cells.shape == "messages":
         cells.shape = "sharegpt"
     messages = read_messages(items, cells.notes)
@@ -414,7 +465,9 @@ def parsed_cell(text: str, key: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RowFault("ROW_WRONG_TYPE", f"`{key}` is text that is no JSON: {visible(text, 50)}", "Write the turns as a JSON list.") from error
+        raise RowFault(
+            "ROW_WRONG_TYPE", f"`{key}` is text that is no JSON: {visible(text, 50)}", "Write the turns as a JSON list."
+        ) from error
 
 
 def tools_of(cells: Cells) -> tuple[dict[str, Any], ...]:
@@ -438,7 +491,9 @@ def read_preference(cells: Cells) -> list[Example]:
     cells.shape = form
     checked = [check_ending(ending, name) for ending, name in zip(endings, ("chosen", "rejected"), strict=True)]
     if checked[0] == checked[1]:
-        raise RowFault("ROW_BAD_PREFERENCE", "chosen and rejected are the same", "A pair teaches only by its difference; remove the row.")
+        raise RowFault(
+            "ROW_BAD_PREFERENCE", "chosen and rejected are the same", "A pair teaches only by its difference; remove the row."
+        )
     messages = prompt_messages(prompt, cells.notes)
     note_placeholders((message.content for message in (*messages, *checked[0], *checked[1])), cells.notes)
     return [
@@ -473,22 +528,36 @@ def shared_prompt(cells: Cells, chosen: tuple[Message, ...]) -> tuple[tuple[Mess
         return (*system, *read_messages(value, cells.notes)), "preference-prompt"
     if isinstance(value, str) and len(chosen) > 1:
         return None, ""
-    if isinstance(value, str) and (turns := transcript_turns(value.rstrip().removesuffix("Assistant:").rstrip() + "\n\nAssistant:")):
+    if isinstance(value, str) and (
+        turns := transcript_turns(value.rstrip().removesuffix("Assistant:").rstrip() + "\n\nAssistant:")
+    ):
         return (*system, *turns[:-1]), "preference-prompt"
     prompt = unwrap_alpaca(join_prompt(cells, columns), cells.notes)
     return (*system, Message("user", prompt)), "preference-prompt"
 
 
-def common_prefix(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
+def common_prefix(
+    chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
     if len(chosen) < 2 or len(rejected) < 2:
-        raise RowFault("ROW_NO_PROMPT", "chosen and rejected without the prompt they answer", "Add a `prompt` column, or whole transcripts on both sides.")
+        raise RowFault(
+            "ROW_NO_PROMPT",
+            "chosen and rejected without the prompt they answer",
+            "Add a `prompt` column, or whole transcripts on both sides.",
+        )
     length = 0
     while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
         length += 1
     if length == len(chosen) == len(rejected):
-        raise RowFault("ROW_BAD_PREFERENCE", "chosen and rejected are the same", "A pair teaches only by its difference; remove the row.")
+        raise RowFault(
+            "ROW_BAD_PREFERENCE", "chosen and rejected are the same", "A pair teaches only by its difference; remove the row."
+        )
     if length == 0 or chosen[length - 1].role == "assistant":
-        raise RowFault("ROW_BAD_PREFERENCE", f"the two transcripts part at turn {length}, which is not an answer", "Both must share everything up to the answer.")
+        raise RowFault(
+            "ROW_BAD_PREFERENCE",
+            f"the two transcripts part at turn {length}, which is not an answer",
+            "Both must share everything up to the answer.",
+        )
     return chosen[:length], [chosen[length:], rejected[length:]]
 
 
@@ -499,7 +568,11 @@ def without_prompt(ending: tuple[Message, ...], prompt: tuple[Message, ...]) -> 
 
 def check_ending(ending: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     if not ending or ending[0].role != "assistant" or ending[-1].role != "assistant":
-        raise RowFault("ROW_BAD_PREFERENCE", f"`{name}` is not an assistant's answer to the prompt", "Each side must begin and end with an assistant turn.")
+        raise RowFault(
+            "ROW_BAD_PREFERENCE",
+            f"`{name}` is not an assistant's answer to the prompt",
+            "Each side must begin and end with an assistant turn.",
+        )
     if any(is_blank_answer(message) for message in ending):
         raise empty_answer(f"`{name}` is empty")
     return ending
@@ -511,7 +584,18 @@ def read_unpaired(cells: Cells) -> list[Example]:
     label = read_label(cells.values[label_key])
     shape = cells.shape
     [example] = read_chat(cells) if cells.first(MESSAGE_KEYS) else read_pair(cells)
-    return [Example("unpaired", cells.place, shape, example.messages, label=label, tools=example.tools, group=example.group, notes=example.notes)]
+    return [
+        Example(
+            "unpaired",
+            cells.place,
+            shape,
+            example.messages,
+            label=label,
+            tools=example.tools,
+            group=example.group,
+            notes=example.notes,
+        )
+    ]
 
 
 def read_label(value: Any) -> bool:
@@ -522,7 +606,11 @@ def read_label(value: Any) -> bool:
         return True
     if spelled in ("0", "0.0", "-1", "false", "no", "bad", "undesirable"):
         return False
-    raise RowFault("ROW_BAD_LABEL", f"the label {visible(repr(value), 40)}", "A label is true or false; name or drop the column with a mapping.")
+    raise RowFault(
+        "ROW_BAD_LABEL",
+        f"the label {visible(repr(value), 40)}",
+        "A label is true or false; name or drop the column with a mapping.",
+    )
 
 
 # --- trees ---------------------------------------------------------------------------------------
@@ -566,15 +654,40 @@ def read_canonical(cells: Cells) -> list[Example]:
         return [Example("text", cells.place, cells.shape, text=text, group=group, notes=unique(notes))]
     messages = read_messages(values.get("messages"), notes)
     if kind == "chat":
-        return [Example("chat", cells.place, cells.shape, trainable(messages, notes), tools=tools, group=group, notes=unique(notes))]
+        return [
+            Example("chat", cells.place, cells.shape, trainable(messages, notes), tools=tools, group=group, notes=unique(notes))
+        ]
     if kind == "unpaired":
         label = read_label(values.get("label"))
-        return [Example("unpaired", cells.place, cells.shape, trainable(messages, notes), label=label, tools=tools, group=group, notes=unique(notes))]
+        return [
+            Example(
+                "unpaired",
+                cells.place,
+                cells.shape,
+                trainable(messages, notes),
+                label=label,
+                tools=tools,
+                group=group,
+                notes=unique(notes),
+            )
+        ]
     if kind != "preference":
         raise RowFault("ROW_UNKNOWN_SHAPE", f"kind {visible(str(kind), 30)!r}", "Kinds are chat, text, preference and unpaired.")
     sides = [check_ending(read_messages(values.get(side), notes), side) for side in ("chosen", "rejected")]
     prompt = prompt_messages(messages, notes)
-    return [Example("preference", cells.place, cells.shape, prompt, chosen=sides[0], rejected=sides[1], tools=tools, group=group, notes=unique(notes))]
+    return [
+        Example(
+            "preference",
+            cells.place,
+            cells.shape,
+            prompt,
+            chosen=sides[0],
+            rejected=sides[1],
+            tools=tools,
+            group=group,
+            notes=unique(notes),
+        )
+    ]
 
 
 # --- rows that are recognised but cannot be learned from -------------------------------------------
@@ -588,15 +701,27 @@ def refuse_prompt_only(cells: Cells) -> list[Example]:
 
 
 def refuse_answer_only(cells: Cells) -> list[Example]:
-    raise RowFault("ROW_NO_PROMPT", f"answers without the question they belong to (column `{cells.shape}`)", "Join the file that holds the questions by id.")
+    raise RowFault(
+        "ROW_NO_PROMPT",
+        f"answers without the question they belong to (column `{cells.shape}`)",
+        "Join the file that holds the questions by id.",
+    )
 
 
 def refuse_judge_prompt(cells: Cells) -> list[Example]:
-    raise RowFault("ROW_NOT_AN_EXAMPLE", "a prompt template for a judge, not an example", "Keep it for evaluation; there is nothing to learn from it.")
+    raise RowFault(
+        "ROW_NOT_AN_EXAMPLE",
+        "a prompt template for a judge, not an example",
+        "Keep it for evaluation; there is nothing to learn from it.",
+    )
 
 
 def refuse_lone_message(cells: Cells) -> list[Example]:
-    raise RowFault("ROW_LONE_MESSAGE", f"a single message of role {visible(str(cells.values['role']), 30)!r}", "Put the turns of one conversation into one row, under `messages`.")
+    raise RowFault(
+        "ROW_LONE_MESSAGE",
+        f"a single message of role {visible(str(cells.values['role']), 30)!r}",
+        "Put the turns of one conversation into one row, under `messages`.",
+    )
 
 
 def refuse_unknown(cells: Cells) -> list[Example]:
@@ -612,7 +737,9 @@ def _nearest_columns(names: list[str], values: dict[str, Any]) -> str:
     meant = [f"column `{visible(name, 40)}`: did you mean `{close[0]}`?" for name, close in guesses if close]
     if meant:
         return f"{'; '.join(meant[:3])} Rename it, or name the columns with a mapping."
-    inside = next((name for name in names if isinstance(values[name], list) and values[name] and isinstance(values[name][0], dict)), None)
+    inside = next(
+        (name for name in names if isinstance(values[name], list) and values[name] and isinstance(values[name][0], dict)), None
+    )
     if inside is not None:
         return f"The examples seem to lie under `{visible(inside, 40)}`: write that list alone to a file."
     return "Name the columns with a mapping (prompt, answer, messages, text, …)."
@@ -671,7 +798,11 @@ class MappedReader:
             return read_pair(cells)
         if "text" in cells.values:
             return [_text_example(cells)]
-        raise RowFault("ROW_NO_ANSWER" if "prompt" in cells.values else "ROW_NO_PROMPT", "a mapped column is empty in this row", "Fill it, or remove the row.")
+        raise RowFault(
+            "ROW_NO_ANSWER" if "prompt" in cells.values else "ROW_NO_PROMPT",
+            "a mapped column is empty in this row",
+            "Fill it, or remove the row.",
+        )
 
 
 def _text_example(cells: Cells) -> Example:

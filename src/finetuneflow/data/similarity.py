@@ -29,7 +29,15 @@ SEED = 20_240_501
 
 def exact_key(example: Example) -> int:
     """64 bits that are equal for examples with the same content, white space aside."""
-    parts = [example.kind, str(example.label), *_turn_parts(example.messages), "\x1d", *_turn_parts(example.chosen), "\x1d", *_turn_parts(example.rejected)]
+    parts = [
+        example.kind,
+        str(example.label),
+        *_turn_parts(example.messages),
+        "\x1d",
+        *_turn_parts(example.chosen),
+        "\x1d",
+        *_turn_parts(example.rejected),
+    ]
     if example.text is not None:
         parts.append(_collapsed(example.text))
     if example.tools:

@@ -58,7 +58,28 @@ DOCUMENT_LINE_CHARS = 200
 PARQUET_BATCH_ROWS = 256
 # Column names that make a table of a file not named .csv or .tsv: prose has commas too.
 KNOWN_COLUMNS = frozenset(
-    ["instruction", "input", "output", "question", "answer", "prompt", "completion", "response", "query", "text", "content", "context", "system", "messages", "conversations", "chosen", "rejected", "label", "title", "best_answer"]
+    [
+        "instruction",
+        "input",
+        "output",
+        "question",
+        "answer",
+        "prompt",
+        "completion",
+        "response",
+        "query",
+        "text",
+        "content",
+        "context",
+        "system",
+        "messages",
+        "conversations",
+        "chosen",
+        "rejected",
+        "label",
+        "title",
+        "best_answer",
+    ]
 )
 
 
@@ -135,7 +156,9 @@ def sniff(path: str | Path, *, encoding: str | None = None, limits: Limits | Non
         probe = _read_probe(reader)
         compression = stream.compression
         if stream.damage and not probe:
-            raise _not_a_dataset(path, f"its {compression} data is damaged from the start ({stream.damage})", "Download or compress it again.")
+            raise _not_a_dataset(
+                path, f"its {compression} data is damaged from the start ({stream.damage})", "Download or compress it again."
+            )
     if probe.startswith(b"PAR1"):
         return SourceInfo("parquet", compression)
     _refuse_other_files(path, probe)
@@ -146,7 +169,9 @@ def sniff(path: str | Path, *, encoding: str | None = None, limits: Limits | Non
         raise _not_a_dataset(path, "it holds binary data", "Give JSON, CSV, Parquet or text.")
     text = probe.decode(wide or "utf-8", "replace")
     if not text.replace("\ufeff", "").strip():
-        raise DataError("DATASET_EMPTY", f"{path.name} is empty.", where=str(path), remedy="Give a file with at least one example.")
+        raise DataError(
+            "DATASET_EMPTY", f"{path.name} is empty.", where=str(path), remedy="Give a file with at least one example."
+        )
     whole = len(probe) < PROBE_BYTES
     kind = _json_format(text, whole)
     if kind is not None:
@@ -168,9 +193,21 @@ def _read_probe(reader: IO[bytes]) -> bytes:
 
 
 OTHER_FILES: tuple[tuple[bytes, str, str], ...] = (
-    (b"%PDF", "it is a PDF document", "Documents are sources for generated data, not datasets: turn them into examples or plain text first."),
-    (b"{\\rtf", "it is an RTF document", "Documents are sources for generated data, not datasets: turn them into examples or plain text first."),
-    (b"PK\x03\x04", "it is a ZIP container (Word, OpenDocument, Excel or an archive)", "Unpack an archive; turn a document into examples or plain text first: documents are sources for generated data, not datasets."),
+    (
+        b"%PDF",
+        "it is a PDF document",
+        "Documents are sources for generated data, not datasets: turn them into examples or plain text first.",
+    ),
+    (
+        b"{\\rtf",
+        "it is an RTF document",
+        "Documents are sources for generated data, not datasets: turn them into examples or plain text first.",
+    ),
+    (
+        b"PK\x03\x04",
+        "it is a ZIP container (Word, OpenDocument, Excel or an archive)",
+        "Unpack an archive; turn a document into examples or plain text first: documents are sources for generated data, not datasets.",
+    ),
     (b"\xd0\xcf\x11\xe0", "it is an old Office document", "Save it as CSV or text."),
     (b"BZh", "it is compressed with bzip2", "Decompress it, or compress it with gzip or zstd."),
     (b"\xfd7zXZ", "it is compressed with xz", "Decompress it, or compress it with gzip or zstd."),
@@ -193,7 +230,11 @@ def _refuse_other_files(path: Path, probe: bytes) -> None:
         if probe.startswith(magic):
             raise _not_a_dataset(path, what, remedy)
     if HTML_START.match(probe[:4096].removeprefix(b"\xef\xbb\xbf")):
-        raise _not_a_dataset(path, "it is an HTML page", "Documents are sources for generated data, not datasets: turn them into examples or plain text first.")
+        raise _not_a_dataset(
+            path,
+            "it is an HTML page",
+            "Documents are sources for generated data, not datasets: turn them into examples or plain text first.",
+        )
     if probe[TAR_MAGIC_AT : TAR_MAGIC_AT + 5] == b"ustar":
         raise _not_a_dataset(path, "it is a tar archive", "Unpack it and name the dataset files inside.")
 
@@ -206,7 +247,12 @@ def _check_encoding(encoding: str, path: Path) -> None:
     try:
         codecs.lookup(encoding)
     except LookupError as error:
-        raise DataError("DATASET_UNREADABLE", f"There is no encoding {encoding!r}.", where=str(path), remedy="For example: utf-8, utf-16, cp1252.") from error
+        raise DataError(
+            "DATASET_UNREADABLE",
+            f"There is no encoding {encoding!r}.",
+            where=str(path),
+            remedy="For example: utf-8, utf-16, cp1252.",
+        ) from error
 
 
 # --- JSON --------------------------------------------------------------------------------------
@@ -228,7 +274,11 @@ def _json_format(text: str, whole: bool) -> Format | None:
             return "jsonl"
         starts_rows = re.findall(r"(?m)^\{.*\S", text)
         return "jsonl" if any(isinstance(_parsed(line.strip()), dict) for line in starts_rows) else "json-objects"
-    if text[0] == '"' and isinstance(_parsed(first), str) and all(line.startswith('"') and isinstance(_parsed(line), str) for line in rest[:20]):
+    if (
+        text[0] == '"'
+        and isinstance(_parsed(first), str)
+        and all(line.startswith('"') and isinstance(_parsed(line), str) for line in rest[:20])
+    ):
         return "jsonl"
     parsed_objects = sum(line.startswith("{") and isinstance(_parsed(line), dict) for line in lines[:100])
     mostly_objects = object_lines * 2 >= len(lines) and parsed_objects * 2 >= min(len(lines), 100)
@@ -341,7 +391,9 @@ def _header(reader: Any, stream: TextIO, limits: Limits) -> list[str]:
     try:
         names = next(row for row in reader if row)
     except (StopIteration, csv.Error) as error:
-        raise DataError("DATASET_BAD_HEADER", "The table has no readable header line.", remedy="The first line must name the columns.") from error
+        raise DataError(
+            "DATASET_BAD_HEADER", "The table has no readable header line.", remedy="The first line must name the columns."
+        ) from error
     if len(names) > limits.columns:
         raise DataError(
             "DATASET_TOO_MANY_COLUMNS",
@@ -351,14 +403,22 @@ def _header(reader: Any, stream: TextIO, limits: Limits) -> list[str]:
     header = [name.strip().lstrip("\ufeff") or f"unnamed_{i}" for i, name in enumerate(names)]
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
-        raise DataError("DATASET_BAD_HEADER", f"The column {visible(twice, 60)!r} appears twice in the header.", remedy="Give every column its own name.")
+        raise DataError(
+            "DATASET_BAD_HEADER",
+            f"The column {visible(twice, 60)!r} appears twice in the header.",
+            remedy="Give every column its own name.",
+        )
     return header
 
 
 def _table_row(header: list[str], cells: list[str]) -> dict[str, Any] | Fault:
     if len(cells) != len(header):
         hint = "Quote cells that contain the delimiter or line breaks, and write every cell of the row."
-        return Fault("ROW_WRONG_CELL_COUNT", f"{len(cells)} cells where the header names {len(header)}: {visible(' | '.join(cells), 80)}", hint)
+        return Fault(
+            "ROW_WRONG_CELL_COUNT",
+            f"{len(cells)} cells where the header names {len(header)}: {visible(' | '.join(cells), 80)}",
+            hint,
+        )
     return _checked_strings({name: cell if cell != "" else None for name, cell in zip(header, cells, strict=True)})
 
 
@@ -434,7 +494,10 @@ def _parquet_rows(path: Path, info: SourceInfo, limits: Limits) -> Iterator[Entr
                     yield None, _parquet_row(fields, limits)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
-                "DATASET_UNREADABLE", f"{path.name} is a damaged Parquet file: {visible(str(error), 200)}.", where=str(path), remedy="Write or download the file again."
+                "DATASET_UNREADABLE",
+                f"{path.name} is a damaged Parquet file: {visible(str(error), 200)}.",
+                where=str(path),
+                remedy="Write or download the file again.",
             ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from finetuneflow.data.examples import Example
@@ -43,7 +44,11 @@ def split(examples: Sequence[Example], *, eval_fraction: float, seed: int) -> Sp
     Raises `DataError` when nothing can be held out without training on it.
     """
     if not 0 <= eval_fraction < 1:
-        raise DataError("DATASET_BAD_SPLIT", f"The evaluation fraction {eval_fraction} is not between 0 and 1.", remedy="Use 0.1 for a tenth, or 0 for no held-out part.")
+        raise DataError(
+            "DATASET_BAD_SPLIT",
+            f"The evaluation fraction {eval_fraction} is not between 0 and 1.",
+            remedy="Use 0.1 for a tenth, or 0 for no held-out part.",
+        )
     if eval_fraction == 0:
         return Split(tuple(range(len(examples))), (), len(examples))
     alike = near_clusters(examples)
@@ -57,7 +62,9 @@ def split(examples: Sequence[Example], *, eval_fraction: float, seed: int) -> Sp
         )
     held_out = _choose(clusters, max(1, round(eval_fraction * len(examples))), seed)
     if len(held_out) < FEW_EVAL_EXAMPLES:
-        warnings.append(f"The evaluation part has {len(held_out)} examples; with fewer than {FEW_EVAL_EXAMPLES} its loss is a rough guide only.")
+        warnings.append(
+            f"The evaluation part has {len(held_out)} examples; with fewer than {FEW_EVAL_EXAMPLES} its loss is a rough guide only."
+        )
     chosen = set(held_out)
     train = tuple(index for index in range(len(examples)) if index not in chosen)
     return Split(train, tuple(sorted(held_out)), len(clusters), tuple(warnings))
@@ -71,7 +78,9 @@ def _clusters(examples: Sequence[Example], alike: list[int]) -> tuple[list[list[
     ungrouped = _members(alike)
     if len(ungrouped) < 2:
         return ungrouped, []
-    return ungrouped, ["All examples belong to one group (one document or tree), so the evaluation part comes from that group too."]
+    return ungrouped, [
+        "All examples belong to one group (one document or tree), so the evaluation part comes from that group too."
+    ]
 
 
 def _with_groups(examples: Sequence[Example], alike: list[int]) -> list[int]:
@@ -109,14 +118,22 @@ def _choose(clusters: list[list[int]], wanted: int, seed: int) -> list[int]:
 
 def leaks(train: Sequence[Example], evaluation: Sequence[Example]) -> list[Leak]:
     """Evaluation examples that a given training file holds too, each with one training example that shows it."""
-    both = [*train, *evaluation]
-    alike = near_clusters(both)
-    keys = {exact_key(example): index for index, example in reversed(list(enumerate(train)))}
-    near = {root: index for index, root in reversed(list(enumerate(alike[: len(train)])))}
-    groups = {example.group: index for index, example in reversed(list(enumerate(train))) if example.group is not None}
+    alike = near_clusters(chain(train, evaluation))
+    keys: dict[int, int] = {}
+    near: dict[int, int] = {}
+    groups: dict[str, int] = {}
+    for index, example in enumerate(train):
+        keys.setdefault(exact_key(example), index)
+        near.setdefault(alike[index], index)
+        if example.group is not None:
+            groups.setdefault(example.group, index)
     found = []
     for index, example in enumerate(evaluation):
-        seen = _seen(keys.get(exact_key(example)), near.get(alike[len(train) + index]), groups.get(example.group) if example.group is not None else None)
+        seen = _seen(
+            keys.get(exact_key(example)),
+            near.get(alike[len(train) + index]),
+            groups.get(example.group) if example.group is not None else None,
+        )
         if seen is not None:
             found.append(Leak(seen[0], index, seen[1]))
     return found

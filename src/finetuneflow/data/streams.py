@@ -131,10 +131,22 @@ def open_text(path: Path, encoding: str, limits: Limits) -> Iterator[tuple[TextI
 def unreadable(path: Path, error: OSError) -> DataError:
     """The error for a file that is missing or may not be read."""
     if isinstance(error, FileNotFoundError):
-        return DataError("DATASET_NOT_FOUND", f"There is no file {path}.", where=str(path), remedy="Check the path; relative paths start where the command runs.")
+        return DataError(
+            "DATASET_NOT_FOUND",
+            f"There is no file {path}.",
+            where=str(path),
+            remedy="Check the path; relative paths start where the command runs.",
+        )
     if isinstance(error, IsADirectoryError):
-        return DataError("DATASET_NOT_FOUND", f"{path} is a folder, not a file.", where=str(path), remedy="Name the dataset files inside it.")
-    return DataError("DATASET_UNREADABLE", f"{path} cannot be read: {error.strerror}.", where=str(path), remedy="Check the file's permissions and the disk.")
+        return DataError(
+            "DATASET_NOT_FOUND", f"{path} is a folder, not a file.", where=str(path), remedy="Name the dataset files inside it."
+        )
+    return DataError(
+        "DATASET_UNREADABLE",
+        f"{path} cannot be read: {error.strerror}.",
+        where=str(path),
+        remedy="Check the file's permissions and the disk.",
+    )
 
 
 # --- encodings ---------------------------------------------------------------------------------
@@ -151,7 +163,13 @@ def _mark_bytes(error: UnicodeError) -> tuple[str, int]:
 
 codecs.register_error(MARK_ERRORS, _mark_bytes)
 
-BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 CP1252_UNDEFINED = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
 UTF8_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 HIGH_BYTE = re.compile(rb"[\x80-\xff]")

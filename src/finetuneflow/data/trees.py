@@ -16,7 +16,9 @@ MAX_TREE_MESSAGES = 10_000  # what flat rows may hold in memory; real trees have
 def replies_of(node: dict[str, Any]) -> list[dict[str, Any]]:
     """Replies that were not deleted, best rank first; unranked ones keep their order, after the ranked ones."""
     replies = node.get("replies")
-    kept = [reply for reply in replies if isinstance(reply, dict) and not reply.get("deleted")] if isinstance(replies, list) else []
+    kept = (
+        [reply for reply in replies if isinstance(reply, dict) and not reply.get("deleted")] if isinstance(replies, list) else []
+    )
     return sorted(kept, key=_rank)
 
 

@@ -1,12 +1,12 @@
 """Measuring: loss, scores, samples, acceptance suites, and whether one model is better than another.
 
-    losses.py      loss, perplexity, token accuracy over supervised tokens           (torch)
-    scores.py      exact match, token F1, BLEU, ROUGE
-    questions.py   prompts with expected answers, out of examples
-    samples.py     answers in batches, resumable; samples to show
-    judges.py      what a suite can ask of an answer
-    suite.py       acceptance prompts in YAML
-    statistics.py  paired bootstrap, sign test, verdict
-    compare.py     A against B, and what was forgotten
-    measure.py     `evaluate`: all of one model, into one file
+losses.py      loss, perplexity, token accuracy over supervised tokens           (torch)
+scores.py      exact match, token F1, BLEU, ROUGE
+questions.py   prompts with expected answers, out of examples
+samples.py     answers in batches, resumable; samples to show
+judges.py      what a suite can ask of an answer
+suite.py       acceptance prompts in YAML
+statistics.py  paired bootstrap, sign test, verdict
+compare.py     A against B, and what was forgotten
+measure.py     `evaluate`: all of one model, into one file
 """

@@ -105,7 +105,9 @@ class Comparison:
     def sentence(self) -> str:
         """The verdict in plain words, with its numbers."""
         m = self.measures[0]
-        said = {"better": "is better than", "worse": "is worse than", "no evidence": "shows no evidence of a difference from"}[m.verdict]
+        said = {"better": "is better than", "worse": "is worse than", "no evidence": "shows no evidence of a difference from"}[
+            m.verdict
+        ]
         return (
             f"{self.b} {said} {self.a}: {m.name} {m.a:.3g} -> {m.b:.3g} on {m.items} items "
             f"(gain {m.difference.mean:+.3g}, 95% interval {m.difference.low:+.3g} to {m.difference.high:+.3g}; "
@@ -283,7 +285,11 @@ def _measures(a: Sequence[Mapping[str, float]], b: Sequence[Mapping[str, float]]
     def of(name: str, unit: str, **options: Any) -> Measure:
         return measure_pairs(name, [v[name] for v in a], [v[name] for v in b], unit=unit, seed=seed, **options)
 
-    return (of("loss", unit, higher_is_better=False, tie_within=LOSS_TIE), of("token_f1", "0 to 1"), of("exact", "share of items"))
+    return (
+        of("loss", unit, higher_is_better=False, tie_within=LOSS_TIE),
+        of("token_f1", "0 to 1"),
+        of("exact", "share of items"),
+    )
 
 
 def _items(

@@ -174,5 +174,7 @@ def load_judges(path: Path | str) -> dict[str, Judge]:
         if inspect.isfunction(value) and value.__module__ == "ftf_judges" and not name.startswith("_")
     }
     if not found:
-        raise EvaluationError("JUDGES_INVALID", f"{path.name} defines no function.", remedy="Write `def name(answer): return True`.")
+        raise EvaluationError(
+            "JUDGES_INVALID", f"{path.name} defines no function.", remedy="Write `def name(answer): return True`."
+        )
     return found

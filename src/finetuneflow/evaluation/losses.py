@@ -88,7 +88,9 @@ def summarise(per_example: Sequence[ExampleLoss]) -> Losses:
     tokens = sum(item.tokens for item in per_example)
     if tokens == 0:
         raise EvaluationError(
-            "EVALUATION_NO_DATA", "No token of the evaluation data counts for the loss.", remedy="Give examples with assistant answers."
+            "EVALUATION_NO_DATA",
+            "No token of the evaluation data counts for the loss.",
+            remedy="Give examples with assistant answers.",
         )
     loss = math.fsum(item.nll for item in per_example) / tokens
     return Losses(

@@ -114,7 +114,9 @@ def evaluate(
     suite = load_suite(suite) if isinstance(suite, Path | str) else suite
     examples, problems = _examples(data, run)
     if not examples and suite is None:
-        raise EvaluationError("EVALUATION_NO_DATA", "There is neither evaluation data nor a suite.", remedy="Name a data file or a suite.")
+        raise EvaluationError(
+            "EVALUATION_NO_DATA", "There is neither evaluation data nor a suite.", remedy="Name a data file or a suite."
+        )
     generator = _generator(target)
     resume_path = safe_join(out_dir, f"{name}.answers.jsonl") if out_dir else None
     losses, unlabelled = example_losses(generator, examples, options)
@@ -207,9 +209,7 @@ def _run_suite(
 ) -> SuiteResult | None:
     if suite is None:
         return None
-    return run_suite(
-        generator, suite, judges=judges, batch_size=options.batch_size, resume_path=resume_path, progress=progress
-    )
+    return run_suite(generator, suite, judges=judges, batch_size=options.batch_size, resume_path=resume_path, progress=progress)
 
 
 def _item(question: Question, answer: Generation) -> AnsweredItem:
@@ -229,7 +229,9 @@ def _count_codes(problems: Sequence[Problem]) -> dict[str, int]:
     return dict(Counter(code for _, code in dict.fromkeys((problem.place, problem.code) for problem in problems)))
 
 
-def sample_answers(generator: Generator, examples: Sequence[Example], *, count: int = 5, max_new_tokens: int = 128) -> list[Sample]:
+def sample_answers(
+    generator: Generator, examples: Sequence[Example], *, count: int = 5, max_new_tokens: int = 128
+) -> list[Sample]:
     """A few held-out prompts with the expected and the actual answer: what a run shows when it ends."""
     asked, _ = fitting(questions(examples, limit=2 * count), [generator])
     options = replace(Options(), max_new_tokens=max_new_tokens)

@@ -61,7 +61,9 @@ def questions(examples: Iterable[Example], *, limit: int | None = None) -> list[
 
 def _last_answer(messages: Sequence[Message]) -> int | None:
     """Where the last assistant turn stands that answers something with text (a tool call alone is no text)."""
-    return next((i for i in range(len(messages) - 1, 0, -1) if messages[i].role == "assistant" and messages[i].content.strip()), None)
+    return next(
+        (i for i in range(len(messages) - 1, 0, -1) if messages[i].role == "assistant" and messages[i].content.strip()), None
+    )
 
 
 def fitting(asked: Sequence[Question], generators: Sequence[Generator]) -> tuple[list[Question], list[Problem]]:

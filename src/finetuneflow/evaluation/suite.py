@@ -291,7 +291,9 @@ def _ask_judge(function: str, answer: str, judges: Mapping[str, Judge]) -> str |
         outcome = judge(answer, argument) if takes_argument else judge(answer)
     except Exception as error:
         raise EvaluationError(
-            "JUDGES_INVALID", f"The judge {function!r} failed: {type(error).__name__}: {error}.", remedy="Mend the judge or its argument."
+            "JUDGES_INVALID",
+            f"The judge {function!r} failed: {type(error).__name__}: {error}.",
+            remedy="Mend the judge or its argument.",
         ) from error
     if outcome is True:
         return None

@@ -35,7 +35,12 @@ class ExportResult:
     check: Check
 
     def to_dict(self) -> dict[str, Any]:
-        return {"dir": str(self.dir), "target": self.target, "files": [asdict(f) for f in self.files], "check": self.check.to_dict()}
+        return {
+            "dir": str(self.dir),
+            "target": self.target,
+            "files": [asdict(f) for f in self.files],
+            "check": self.check.to_dict(),
+        }
 
 
 def export(

@@ -79,7 +79,9 @@ def staged(exports_dir: Path, name: str, *, overwrite: bool) -> Iterator[Path]:
 def check_export_name(name: str) -> str:
     """`name` if it may become a folder of `exports/`; "lock" is the name of the lock file there."""
     if check_name(name, what="export name") == "lock":
-        raise StorageError("STORAGE_BAD_NAME", "'lock' cannot be used as an export name.", remedy="Choose another name with --name.")
+        raise StorageError(
+            "STORAGE_BAD_NAME", "'lock' cannot be used as an export name.", remedy="Choose another name with --name."
+        )
     return name
 
 
@@ -169,7 +171,11 @@ def _check_archive(path: Path, members: list[Path]) -> None:
     with zipfile.ZipFile(path) as archive:
         same_names = archive.namelist() == [member.name for member in members]
         if not same_names or any(_member_digest(archive, member.name) != sha256_file(member) for member in members):
-            raise ExportError("EXPORT_CHECK_FAILED", f"{path.name}, read back, differs from its files.", remedy="Check the disk and export again.")
+            raise ExportError(
+                "EXPORT_CHECK_FAILED",
+                f"{path.name}, read back, differs from its files.",
+                remedy="Check the disk and export again.",
+            )
 
 
 def _member_digest(archive: zipfile.ZipFile, name: str) -> str:

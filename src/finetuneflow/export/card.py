@@ -93,7 +93,11 @@ def _base_cards(base: str) -> Iterable[Path]:
 def _opening(record: RunRecord, files_kind: str) -> list[str]:
     what = "A PEFT adapter" if files_kind == "adapter" else "A complete model"
     made = OBJECTIVE_NAMES[record.config.training.objective].lower()
-    return [f"# {inline(record.name)}", "", f"{what} made from **{inline(base_name(record))}** with FineTuneFlow: {made}, {record.method}."]
+    return [
+        f"# {inline(record.name)}",
+        "",
+        f"{what} made from **{inline(base_name(record))}** with FineTuneFlow: {made}, {record.method}.",
+    ]
 
 
 def _usage(record: RunRecord, files_kind: str) -> list[str]:
@@ -105,7 +109,8 @@ def _usage(record: RunRecord, files_kind: str) -> list[str]:
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             'here = "."  # the folder of this file',
-            f"base = AutoModelForCausalLM.from_pretrained({quoted})" + ("" if "/" in base else "  # the folder of that base model"),
+            f"base = AutoModelForCausalLM.from_pretrained({quoted})"
+            + ("" if "/" in base else "  # the folder of that base model"),
             "model = PeftModel.from_pretrained(base, here)",
         ]
     else:
@@ -122,7 +127,10 @@ def _usage(record: RunRecord, files_kind: str) -> list[str]:
         ]
     else:
         ask = ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
-    end = ["output = model.generate(**inputs, max_new_tokens=100)", 'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))']
+    end = [
+        "output = model.generate(**inputs, max_new_tokens=100)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))',
+    ]
     return ["## Use", "", "```python", *load, "tokenizer = AutoTokenizer.from_pretrained(here)", *ask, *end, "```"]
 
 
@@ -161,7 +169,10 @@ def _procedure(record: RunRecord) -> list[str]:
         ("Method", record.method),
         ("LoRA rank", adapter_size(record)),
         ("Objective", OBJECTIVE_NAMES[training.objective]),
-        ("Tokens in the loss", {"assistant": "assistant turns", "last": "the last assistant turn", "all": "all"}[record.config.data.supervise]),
+        (
+            "Tokens in the loss",
+            {"assistant": "assistant turns", "last": "the last assistant turn", "all": "all"}[record.config.data.supervise],
+        ),
         ("Epochs", f"{training.epochs:g}" + (f", at most {training.max_steps:,} steps" if training.max_steps else "")),
         ("Examples per step", f"{training.effective_batch:,} ({training.batch_size} x {training.gradient_accumulation})"),
         ("Learning rate", f"{rate(used_learning_rate(record))}, {training.scheduler}, warm-up {training.warmup_ratio:.0%}"),
@@ -184,7 +195,12 @@ def _results(record: RunRecord) -> list[str]:
         ("Peak memory", _size(metrics.get("peak_memory_bytes"))),
     ]
     if isinstance(share := metrics.get("suite_pass_share"), int | float):
-        rows.append((f"Acceptance suite {inline(str(metrics.get('suite', '')))}", f"{share:.1%} of {figure(metrics.get('suite_prompts'))} prompts passed"))
+        rows.append(
+            (
+                f"Acceptance suite {inline(str(metrics.get('suite', '')))}",
+                f"{share:.1%} of {figure(metrics.get('suite_prompts'))} prompts passed",
+            )
+        )
     table = ["| Figure | Value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return ["## Results", "", *table, "", "![Loss curve](train_loss.png)"]
 
@@ -202,7 +218,10 @@ def _check(check: Check, record: RunRecord, files_kind: str) -> list[str]:
         f"same best token at {check.argmax_agreement:.1%} of positions, {check.same_texts} of {check.prompts} greedy texts identical.",
     ]
     if record.config.method.kind == "qlora" and files_kind == "model":
-        lines += ["", "It was trained on the base in 4 bits, and its results were measured there; here the adapter is merged into the unquantised base."]
+        lines += [
+            "",
+            "It was trained on the base in 4 bits, and its results were measured there; here the adapter is merged into the unquantised base.",
+        ]
     return lines
 
 

@@ -78,7 +78,12 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
 def write_documents(record: RunRecord, stage: Path, check: Check, redactor: Redactor, *, files_kind: str) -> None:
     """Settings, metrics, report, loss curve and card. Every text passes the redactor; tokenizer and weights hold no secrets."""
     setup = record.environment.get("setup")
-    settings = {"run": record.name, "method_name": record.method, **record.config.model_dump(mode="json"), "used_on_this_machine": setup}
+    settings = {
+        "run": record.name,
+        "method_name": record.method,
+        **record.config.model_dump(mode="json"),
+        "used_on_this_machine": setup,
+    }
     write_json(stage / "training_config.json", redactor.value(settings))
     write_json(stage / "metrics.json", redactor.value(record.metrics))
     write_atomic(stage / "report.md", report_text(record, redactor))

@@ -92,7 +92,15 @@ def _draw_evaluations(axes: Any, evaluations: Points, record: RunRecord) -> None
     if not evaluations:
         return
     best_step, word = record.best_step, "weights kept" if record.config.training.load_best else "lowest"
-    axes.plot(*zip(*evaluations, strict=True), color=EVAL, linewidth=1.6, linestyle=(0, (4, 2)), marker="s", markersize=5, label="eval loss")
+    axes.plot(
+        *zip(*evaluations, strict=True),
+        color=EVAL,
+        linewidth=1.6,
+        linestyle=(0, (4, 2)),
+        marker="s",
+        markersize=5,
+        label="eval loss",
+    )
     best = [value for step, value in evaluations if step == best_step]
     if best and best_step is not None:
         axes.plot([best_step], best, marker="o", markersize=13, markerfacecolor="none", markeredgecolor=EVAL,

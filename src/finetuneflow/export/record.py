@@ -92,7 +92,9 @@ def read_run(run_dir: Path) -> RunRecord:
     """Read a run directory; raises `EXPORT_NO_RUN` where there is no run."""
     if not (run_dir / "run.yaml").is_file():
         raise ExportError(
-            "EXPORT_NO_RUN", f"{run_dir} is no run directory: it holds no run.yaml.", remedy="`ftf runs` lists the runs there are."
+            "EXPORT_NO_RUN",
+            f"{run_dir} is no run directory: it holds no run.yaml.",
+            remedy="`ftf runs` lists the runs there are.",
         )
     metrics = _read_object(run_dir / "metrics.json")
     return RunRecord(
@@ -126,7 +128,10 @@ def _read_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(
-            "EXPORT_RUN_DAMAGED", f"{path.name} of this run cannot be read: {error}.", where=str(path), remedy="Restore the file from a copy."
+            "EXPORT_RUN_DAMAGED",
+            f"{path.name} of this run cannot be read: {error}.",
+            where=str(path),
+            remedy="Restore the file from a copy.",
         ) from error
     return value if isinstance(value, dict) else {}
 

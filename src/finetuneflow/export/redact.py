@@ -22,8 +22,12 @@ TOKEN_SHAPES = re.compile(
     r"|(?<=[Bb]earer )[A-Za-z0-9._~+/-]{8,}=*"
 )
 URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-URL_SECRET_PARAMETER = re.compile(r"(?i)(?<=[?&])((?:access_?)?token|key|api_?key|sig|signature|password|x-amz-[a-z-]+)=[^&\s\"']+")
-SECRET_KEY = re.compile(r"(?i)(^|[_-])(password|passwd|secret|credentials?|authorization|api_?key|access_?key|private_?key)$|^token$|(hf|hub|auth|access|api|bearer|refresh|wandb)[_-]?token$")
+URL_SECRET_PARAMETER = re.compile(
+    r"(?i)(?<=[?&])((?:access_?)?token|key|api_?key|sig|signature|password|x-amz-[a-z-]+)=[^&\s\"']+"
+)
+SECRET_KEY = re.compile(
+    r"(?i)(^|[_-])(password|passwd|secret|credentials?|authorization|api_?key|access_?key|private_?key)$|^token$|(hf|hub|auth|access|api|bearer|refresh|wandb)[_-]?token$"
+)
 SECRET_VARIABLE = re.compile(r"(?i)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL)")
 SHORTEST_SECRET = 8  # a shorter value of a secret variable would blank ordinary words
 

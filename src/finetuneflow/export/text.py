@@ -5,7 +5,9 @@ from __future__ import annotations
 import unicodedata
 
 CELL_LIMIT = 300  # characters of a sample shown in a table cell
-MARKUP = str.maketrans({"|": "\\|", "<": "&lt;", ">": "&gt;", "&": "&amp;", "`": "\\`", "*": "\\*", "_": "\\_", "[": "\\[", "]": "\\]", "\\": "\\\\"})
+MARKUP = str.maketrans(
+    {"|": "\\|", "<": "&lt;", ">": "&gt;", "&": "&amp;", "`": "\\`", "*": "\\*", "_": "\\_", "[": "\\[", "]": "\\]", "\\": "\\\\"}
+)
 
 
 def visible(text: str) -> str:

@@ -95,7 +95,10 @@ def _question_of(row: dict[str, Any]) -> list[Message]:
     turns = row.get("messages")
     if not isinstance(turns, list) or len(turns) < 2:
         return []
-    plain = all(isinstance(t, dict) and t.get("role") in ("system", "user", "assistant") and isinstance(t.get("content"), str) for t in turns)
+    plain = all(
+        isinstance(t, dict) and t.get("role") in ("system", "user", "assistant") and isinstance(t.get("content"), str)
+        for t in turns
+    )
     if not plain or turns[-1]["role"] != "assistant" or turns[-2]["role"] != "user":
         return []
     return [Message(turn["role"], turn["content"]) for turn in turns[:-1]]
@@ -189,7 +192,9 @@ def judge(
     decided = margin > DECIDED_BY * tolerance * scale
     problems = _problems(found, error, tolerance, effect, int((decided & ~agree).sum()))
     partings = _partings(reference, candidate, prompts, DECIDED_BY * tolerance * scale)
-    problems += [f"the greedy answer to prompt {index + 1} differs where the trained model is certain" for index, ok in partings if not ok]
+    problems += [
+        f"the greedy answer to prompt {index + 1} differs where the trained model is certain" for index, ok in partings if not ok
+    ]
     return Check(
         passed=not problems,
         compared=compared,

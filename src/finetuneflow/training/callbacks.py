@@ -78,6 +78,8 @@ class Monitor(TrainerCallback):
         patience = self.settings.patience
         if self._out_of_patience() and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True
+            if self.progress.has_open_window:
+                self._log(state)  # the steps since the last log line belong to the mean training loss
             self.emit(
                 "decision",
                 setting="training.patience",
@@ -113,7 +115,11 @@ class Monitor(TrainerCallback):
         # The first step of a warm-up has rate 0, and so has every step of a run that ends with it.
         warming_up = step <= math.ceil(self.settings.warmup_ratio * state.max_steps) < state.max_steps
         if self.progress.learning_rate == 0.0 and not warming_up:
-            self._warn("LEARNING_RATE_ZERO", f"The learning rate is 0 at step {step}: nothing is learned.", "Check training.scheduler and training.warmup_ratio.")
+            self._warn(
+                "LEARNING_RATE_ZERO",
+                f"The learning rate is 0 at step {step}: nothing is learned.",
+                "Check training.scheduler and training.warmup_ratio.",
+            )
         if len(self._losses) < 2 * WATCH_WINDOW:
             return
         losses = list(self._losses)

@@ -48,7 +48,9 @@ def checkpoint_dir(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
 
 
-def write_checkpoint(root: Path, step: int, save: Callable[[Path], None], *, event: Callable[[], None] = lambda: None) -> Checkpoint:
+def write_checkpoint(
+    root: Path, step: int, save: Callable[[Path], None], *, event: Callable[[], None] = lambda: None
+) -> Checkpoint:
     """Let `save(folder)` fill a temporary folder, then mark and rename it. An older folder of that step is replaced.
 
     `event` is called between the files and the marker: the moment at which a kill leaves the most debris.

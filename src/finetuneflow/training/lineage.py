@@ -47,7 +47,9 @@ def environment(setup: Setup) -> dict[str, Any]:
     }
 
 
-def fingerprint(config: RunConfig, setup: Setup, *, data: dict[str, str], tokenizer: str, template: str, base: str) -> dict[str, Any]:
+def fingerprint(
+    config: RunConfig, setup: Setup, *, data: dict[str, str], tokenizer: str, template: str, base: str
+) -> dict[str, Any]:
     """Everything a resume must match, in parts that can be named. `data`: what each data file holds."""
     return {
         "configuration": _shaping_settings(config),

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +105,9 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
     )
     tokenizer_digest = sha256_json([tokenizer.backend_tokenizer.to_str(), sorted(map(str, tokenizer.special_tokens_map.items()))])
     prepared = prepare(recipe, tokenizer_digest, template, workspace.cache_dir / "tokens", emit)
-    return Materials(prepared, tokenizer, template, tokenizer_digest, snapshot.digest, snapshot.commit if snapshot.from_hub else None)
+    return Materials(
+        prepared, tokenizer, template, tokenizer_digest, snapshot.digest, snapshot.commit if snapshot.from_hub else None
+    )
 
 
 def model_source(config: RunConfig) -> Any:
@@ -157,7 +158,7 @@ def load_model(config: RunConfig, setup: Setup, base_commit: str | None, emit: E
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What training left: the model in memory and the figures of this process."""
+    """What training left: the model in memory, and figures over all attempts that led to it (peak memory: of this one)."""
 
     model: Any
     step: int
@@ -241,18 +242,17 @@ def _train_once(
     if setup.device == "cuda" or training.oom == "retry":
         try_longest_batch(trainer)
     emit("phase", name="training", trainable_parameters=counts.trainable, total_parameters=counts.total)
-    began, tokens_before = time.monotonic(), progress.tokens_seen
     with orderly_stop(monitor):
         trainer.train(resume_from_checkpoint=str(start.path) if start else None)
-    seconds = time.monotonic() - began
+    seconds = progress.seconds()
     return Outcome(
         model=model,
         step=trainer.state.global_step,
         stopped=monitor.stopped,
         restored_best=not monitor.stopped and training.load_best and _restore_best(trainer, emit),
         seconds=seconds,
-        examples_seen=progress.examples_here,
-        tokens_seen=progress.tokens_seen - tokens_before,
+        examples_seen=progress.examples_seen,
+        tokens_seen=progress.tokens_seen,
         peak_memory_bytes=memory_now()["peak_memory_bytes"],
         trainable_parameters=counts.trainable,
         total_parameters=counts.total,
@@ -369,10 +369,20 @@ def _restore_best(trainer: Any, emit: Emit) -> bool:
         return best is not None
     path = checkpoint_dir(trainer.checkpoints_dir, best)
     if reason := find_damage(path):
-        emit("warning", code="BEST_CHECKPOINT_DAMAGED", message=f"The best checkpoint {path.name} cannot be used: {reason}.", advice="The last weights are kept.")
+        emit(
+            "warning",
+            code="BEST_CHECKPOINT_DAMAGED",
+            message=f"The best checkpoint {path.name} cannot be used: {reason}.",
+            advice="The last weights are kept.",
+        )
         return False
     trainer._load_from_checkpoint(str(path))
-    emit("decision", setting="training.load_best", value=best, reason=f"The weights of step {best} are kept: its evaluation loss is the lowest.")
+    emit(
+        "decision",
+        setting="training.load_best",
+        value=best,
+        reason=f"The weights of step {best} are kept: its evaluation loss is the lowest.",
+    )
     return True
 
 
@@ -392,7 +402,15 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory", "bad_alloc", "std::bad_alloc")
+        sign in text
+        for sign in (
+            "can't allocate memory",
+            "out of memory",
+            "not enough memory",
+            "cannot allocate memory",
+            "bad_alloc",
+            "std::bad_alloc",
+        )
     )
 
 
@@ -410,7 +428,8 @@ def explain_out_of_memory(error: BaseException, training: Training | None = None
         "OUT_OF_MEMORY",
         f"Memory ran out: {memory['peak_memory_bytes'] / 1e9:.2f} GB were used at the peak of {memory['capacity_bytes'] / 1e9:.1f} GB.",
         where=str(error).splitlines()[0][:200] if str(error) else None,
-        remedy="; ".join(f"{n}. {text}" for n, text in enumerate(remedies, 1)) + ". `ftf resume` goes on from the last checkpoint.",
+        remedy="; ".join(f"{n}. {text}" for n, text in enumerate(remedies, 1))
+        + ". `ftf resume` goes on from the last checkpoint.",
         context=memory,
     )
 

@@ -21,7 +21,9 @@ SPEED_WINDOW = 50  # optimizer steps the speed and the remaining time are taken 
 class Progress:
     """Plain values; no torch import, tensors are only added up and read at the end of a window."""
 
-    def __init__(self, *, on_saving: Callable[[int], None] = lambda step: None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, *, on_saving: Callable[[int], None] = lambda step: None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._clock = clock
         self._on_saving = on_saving
         self._step_loss: Any = None
@@ -30,7 +32,9 @@ class Progress:
         self.best_loss: float | None = None
         self.evaluations_without_improvement = 0
         self.tokens_seen = 0
-        self.examples_here = 0  # of this process only
+        self.examples_seen = 0
+        self._seconds_before = 0.0  # training time of earlier attempts, up to the checkpoint that was resumed
+        self._began = clock()
         self.grad_norm = 0.0
         self.learning_rate = 0.0
         # (time, tokens seen) at the end of recent steps; of this process only, so a pause never counts
@@ -40,11 +44,12 @@ class Progress:
 
     def begin(self) -> None:
         """Start the clock: call once, right before the first step."""
-        self._marks.append((self._clock(), self.tokens_seen))
+        self._began = self._clock()
+        self._marks.append((self._began, self.tokens_seen))
 
     def count(self, *, examples: int, tokens: int) -> None:
         """One micro-batch; tokens that are not padding."""
-        self.examples_here += examples
+        self.examples_seen += examples
         self.tokens_seen += tokens
 
     def add_loss(self, loss: Any) -> None:
@@ -77,6 +82,14 @@ class Progress:
         self._window = []
         return sum(losses) / len(losses)
 
+    def seconds(self) -> float:
+        """Training time of all attempts that led here."""
+        return self._seconds_before + self._clock() - self._began
+
+    @property
+    def has_open_window(self) -> bool:
+        return bool(self._window)
+
     def speed(self) -> tuple[float, float]:
         """(seconds per step, tokens per second) over a sliding window of this process's steps."""
         (t0, tokens0), (t1, tokens1) = self._marks[0], self._marks[-1]
@@ -93,6 +106,8 @@ class Progress:
             "best_loss": self.best_loss,
             "evaluations_without_improvement": self.evaluations_without_improvement,
             "tokens_seen": self.tokens_seen,
+            "examples_seen": self.examples_seen,
+            "seconds": self.seconds(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -101,6 +116,8 @@ class Progress:
         self.best_loss = state["best_loss"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
         self.tokens_seen = state["tokens_seen"]
+        self.examples_seen = state["examples_seen"]
+        self._seconds_before = state["seconds"]
 
 
 def peak_resident_bytes() -> int:

@@ -101,7 +101,11 @@ def _as_failure(error: BaseException) -> FineTuneFlowError:
     if is_out_of_memory(error):
         return explain_out_of_memory(error)
     if isinstance(error, KeyboardInterrupt):
-        return TrainingError("TRAINING_INTERRUPTED", "The run was interrupted from the keyboard.", remedy="`ftf resume` goes on from its last checkpoint.")
+        return TrainingError(
+            "TRAINING_INTERRUPTED",
+            "The run was interrupted from the keyboard.",
+            remedy="`ftf resume` goes on from its last checkpoint.",
+        )
     return TrainingError(
         "TRAINING_FAILED",
         f"{type(error).__name__}: {str(error)[:500]}",
@@ -163,7 +167,13 @@ def execute(
     metrics = {**_metrics(run_dir, outcome, prepared.manifest), **objectives.measure(config, outcome, materials, run_dir, emit)}
     write_json(run_dir / "metrics.json", metrics)
     _write_report(run_dir, emit)
-    emit("complete", total_steps=outcome.step, best_metric=metrics.get("best_eval_loss"), train_loss=metrics["train_loss"], seconds=metrics["train_runtime"])
+    emit(
+        "complete",
+        total_steps=outcome.step,
+        best_metric=metrics.get("best_eval_loss"),
+        train_loss=metrics["train_loss"],
+        seconds=metrics["train_runtime"],
+    )
     return RunResult(run_dir, "succeeded", metrics)
 
 
@@ -188,7 +198,12 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], emit: Emit, *, ac
 def _find_start(run_dir: Path, emit: Emit) -> checkpoints.Checkpoint:
     root = run_dir / "checkpoints"
     for name in checkpoints.remove_leftovers(root):
-        emit("warning", code="CHECKPOINT_UNFINISHED", message=f"Removed {name}: it was being written when the run ended.", advice="")
+        emit(
+            "warning",
+            code="CHECKPOINT_UNFINISHED",
+            message=f"Removed {name}: it was being written when the run ended.",
+            advice="",
+        )
     start, damaged = checkpoints.find_valid(root)
     for damage in damaged:
         emit(
@@ -239,7 +254,12 @@ def _write_report(run_dir: Path, emit: Emit) -> None:
     try:
         write_report(run_dir)
     except Exception as error:
-        emit("warning", code="REPORT_FAILED", message=f"report.md could not be written: {error}", advice="`ftf export` writes it again.")
+        emit(
+            "warning",
+            code="REPORT_FAILED",
+            message=f"report.md could not be written: {error}",
+            advice="`ftf export` writes it again.",
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -247,6 +267,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ResumeError(
-            "RESUME_NO_CHECKPOINT", f"The run ended before it had begun to train ({path.name} is missing).", where=str(path.parent), remedy="Start it again: `ftf train` with its run.yaml."
+            "RESUME_NO_CHECKPOINT",
+            f"The run ended before it had begun to train ({path.name} is missing).",
+            where=str(path.parent),
+            remedy="Start it again: `ftf train` with its run.yaml.",
         ) from error
     return dict(value)

@@ -93,7 +93,9 @@ def _choose_precision(config: RunConfig, device: str, decisions: list[Decision])
         return "float32"
     if wanted == "bf16" and not bf16_is_fast(device):
         other = "fp16" if device == "cuda" else "fp32"
-        decisions.append(Decision("training.precision", other, f"This {device} has no bf16 units; emulated bf16 would be many times slower."))
+        decisions.append(
+            Decision("training.precision", other, f"This {device} has no bf16 units; emulated bf16 would be many times slower.")
+        )
         return {"fp16": "float16", "fp32": "float32"}[other]
     if wanted != "auto":
         return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[wanted]
@@ -110,7 +112,11 @@ def _choose_storage(config: RunConfig, compute: str, decisions: list[Decision]) 
     if config.method.kind == "full":
         if wanted in ("bfloat16", "float16"):
             decisions.append(
-                Decision("model.dtype", "float32", "Full fine-tuning updates the weights themselves: small updates would be rounded away in 16 bits.")
+                Decision(
+                    "model.dtype",
+                    "float32",
+                    "Full fine-tuning updates the weights themselves: small updates would be rounded away in 16 bits.",
+                )
             )
         return "float32"
     return compute if wanted == "auto" else wanted
@@ -122,11 +128,21 @@ def _choose_optimizer(config: RunConfig, device: str, decisions: list[Decision])
         if device == "cuda":
             return "paged_adamw_8bit"
         decisions.append(
-            Decision("training.optimizer", "adamw_torch_fused", "The default paged_adamw_8bit needs CUDA (paged memory); 32-bit AdamW is used on the CPU.")
+            Decision(
+                "training.optimizer",
+                "adamw_torch_fused",
+                "The default paged_adamw_8bit needs CUDA (paged memory); 32-bit AdamW is used on the CPU.",
+            )
         )
         return "adamw_torch_fused"
     if wanted == "paged_adamw_8bit" and device == "cpu":
-        decisions.append(Decision("training.optimizer", "adamw_8bit", "Paged memory needs CUDA; the same 8-bit AdamW keeps its state in ordinary memory."))
+        decisions.append(
+            Decision(
+                "training.optimizer",
+                "adamw_8bit",
+                "Paged memory needs CUDA; the same 8-bit AdamW keeps its state in ordinary memory.",
+            )
+        )
         return "adamw_8bit"
     return wanted
 
@@ -137,7 +153,11 @@ def _choose_checkpointing(config: RunConfig, device: str, decisions: list[Decisi
         return wanted == "on"
     if device == "cpu":
         decisions.append(
-            Decision("training.gradient_checkpointing", "off", "Recomputing activations costs about a third of the time; ordinary memory is rarely what runs out on a CPU.")
+            Decision(
+                "training.gradient_checkpointing",
+                "off",
+                "Recomputing activations costs about a third of the time; ordinary memory is rarely what runs out on a CPU.",
+            )
         )
     return device == "cuda"
 

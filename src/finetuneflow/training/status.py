@@ -29,22 +29,39 @@ def run_status(run_dir: Path) -> str:
     """`running`, `succeeded`, `stopped`, `failed`, or `interrupted` (its process died without a word)."""
     if lock_owner(run_dir) is not None:
         return "running"
-    last = ""
+    last = before = ""
     for event in read_events(run_dir / "events.jsonl"):
-        if event["event"] == "started" or event["event"] in ENDINGS:
+        if event["event"] == "started":
+            last, before = "started", last
+        elif event["event"] == "failed" and str(event["code"]).startswith("RESUME_"):
+            last = before  # a resume that was refused changed nothing
+        elif event["event"] in ENDINGS:
             last = event["event"]
     return ENDINGS.get(last, "interrupted")
 
 
 def run_summary(run_dir: Path) -> dict[str, Any]:
     """One line of `ftf runs`. A run whose file is damaged is listed as such, never hidden."""
-    summary: dict[str, Any] = {"run": run_dir.name, "path": str(run_dir), "status": run_status(run_dir), "method": None, "base": None}
+    summary: dict[str, Any] = {
+        "run": run_dir.name,
+        "path": str(run_dir),
+        "status": run_status(run_dir),
+        "method": None,
+        "base": None,
+    }
     try:
         config, _ = load_config(run_dir / "run.yaml")
         summary |= {"method": config.method.kind, "base": config.model.base}
     except FineTuneFlowError:
         summary["status"] = "damaged"
-    figures: dict[str, Any] = {"step": None, "total_steps": None, "loss": None, "eval_loss": None, "started": None, "seconds": None}
+    figures: dict[str, Any] = {
+        "step": None,
+        "total_steps": None,
+        "loss": None,
+        "eval_loss": None,
+        "started": None,
+        "seconds": None,
+    }
     first = last = None
     for event in read_events(run_dir / "events.jsonl"):
         first, last = first or event["time"], event["time"]

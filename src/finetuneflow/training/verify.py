@@ -114,7 +114,7 @@ def _kill_at(process: subprocess.Popen[bytes], run_dir: Path, moment: Moment, st
     for event in _follow(process, run_dir):
         saving = event["event"] == "phase" and event.get("name") == "saving" and event.get("step", -1) >= step
         logged = event["event"] == "log" and event["step"] >= step
-        if (saving if moment == "during a checkpoint" else logged):
+        if saving if moment == "during a checkpoint" else logged:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             debris = list((run_dir / "checkpoints").glob(".step-*.partial"))
@@ -139,7 +139,9 @@ def _follow(process: subprocess.Popen[bytes], run_dir: Path) -> Iterator[dict[st
 
 def _start(arguments: list[str], workspace: Workspace) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "finetuneflow.cli", *arguments, "--workspace", str(workspace.root), "--quiet"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    )
 
 
 def _wait_for_run(process: subprocess.Popen[bytes], workspace: Workspace, known: set[str]) -> Path:
@@ -175,7 +177,9 @@ def compare_weights(first: Path, second: Path) -> tuple[int, list[str]]:
     from safetensors.torch import load_file
 
     one, two = (load_file(str(_weights(run))) for run in (first, second))
-    different = [name for name in sorted({*one, *two}) if name not in one or name not in two or not torch.equal(one[name], two[name])]
+    different = [
+        name for name in sorted({*one, *two}) if name not in one or name not in two or not torch.equal(one[name], two[name])
+    ]
     return len(one), different
 
 
@@ -194,5 +198,7 @@ def compare_lines(first: Path, second: Path) -> tuple[int, list[str]]:
             different.append(f"{name}: steps {[line['step'] for line in one]} against {[line['step'] for line in two]}")
             continue
         for a, b in zip(one, two, strict=True):
-            different += [f"{name} step {a['step']}: {f} {a[f]!r} against {b[f]!r}" for f in EXACT_FIELDS if f in a and a[f] != b.get(f)]
+            different += [
+                f"{name} step {a['step']}: {f} {a[f]!r} against {b[f]!r}" for f in EXACT_FIELDS if f in a and a[f] != b.get(f)
+            ]
     return count, different

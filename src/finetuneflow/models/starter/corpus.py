@@ -6,6 +6,9 @@ is to teach *reading*: topic documents name something and state a fact about it 
 documents repeat what was said earlier. Without them a small model stores facts but answers about
 the wrong entity.
 
+There are two stages. "reading" opens with recall documents alone, because looking back has to be
+learned first and is learned sooner when nothing else is; "facts" then gives most room to facts.
+
 Nothing here is in chat format and no document puts a question next to a known fact: how to answer
 is left to instruction tuning.
 """
@@ -17,6 +20,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 from random import Random
+from typing import Literal
 
 from finetuneflow.models.starter import world
 from finetuneflow.models.starter.world import Country, Language, Person, Phrase
@@ -26,16 +30,18 @@ NUM_FINGERPRINT_DOCUMENTS = 20_000
 
 Templates = dict[Language, tuple[str, ...]]
 Maker = Callable[[Random, Language], str]
+Stage = Literal["reading", "facts"]
 
 _SENTENCE_START = re.compile(r"(^|[.!?]\s+|\n)([«\"]\s?)?([a-zà-öø-ÿœ])")
 
 
-def documents(seed: int) -> Iterator[str]:
-    """Yield documents for ever, the same ones for the same seed."""
+def documents(seed: int, stage: Stage = "reading") -> Iterator[str]:
+    """Yield documents for ever, the same ones for the same seed and stage."""
     rng = Random(seed)
     for number in count():
-        makers, weights = _READING_LESSON if number < NUM_READING_DOCUMENTS else _WHOLE_MIX
-        maker = rng.choices(makers, weights)[0]
+        lesson = stage == "reading" and number < NUM_READING_DOCUMENTS
+        weights = _RECALL_ALONE if lesson else _WEIGHTS[stage]
+        maker = rng.choices(tuple(weights), tuple(weights.values()))[0]
         language = rng.choice(world.LANGUAGES)
         yield _typeset(rng, _with_capitals(maker(rng, language)))
 
@@ -809,29 +815,46 @@ def _sums(rng: Random, language: Language) -> str:
     return _joined(rng, facts)
 
 
-_RECALL_WEIGHTS: dict[Maker, float] = {
+_RECALL_ALONE: dict[Maker, float] = {
     _copying: 25,
     _shopping_list: 4,
     _name_recall: 4,
     _speaker_recall: 6,
     _owners_recall: 3,
 }
-_WEIGHTS: dict[Maker, float] = {
-    _capital_facts: 9,
-    _country_topic: 15,
-    _country_selection: 6,
-    _opposites: 9,
-    _colours: 7,
-    _sounds: 5,
-    _members: 12,
-    _shopping_list: 2,
-    _sums: 9,
-    _name_recall: 4,
-    _speaker_recall: 6,
-    _copying: 12,
-    _owners_recall: 2,
-    _story: 4,
-    _dialogue: 5,
+_WEIGHTS: dict[Stage, dict[Maker, float]] = {
+    "reading": {
+        _capital_facts: 9,
+        _country_topic: 15,
+        _country_selection: 6,
+        _opposites: 9,
+        _colours: 7,
+        _sounds: 5,
+        _members: 12,
+        _shopping_list: 2,
+        _sums: 9,
+        _name_recall: 4,
+        _speaker_recall: 6,
+        _copying: 12,
+        _owners_recall: 2,
+        _story: 4,
+        _dialogue: 5,
+    },
+    "facts": {
+        _capital_facts: 7,
+        _country_topic: 18,
+        _country_selection: 5,
+        _opposites: 12,
+        _colours: 9,
+        _sounds: 4,
+        _members: 16,
+        _shopping_list: 1,
+        _sums: 13,
+        _name_recall: 3,
+        _speaker_recall: 4,
+        _copying: 4,
+        _owners_recall: 1,
+        _story: 2,
+        _dialogue: 3,
+    },
 }
-_READING_LESSON = (tuple(_RECALL_WEIGHTS), tuple(_RECALL_WEIGHTS.values()))
-_WHOLE_MIX = (tuple(_WEIGHTS), tuple(_WEIGHTS.values()))

@@ -4,8 +4,9 @@ Writes a complete model folder: a byte-level BPE tokenizer learned from the gene
 chat template, and a small Llama-shaped language model. The chat tokens are reserved but never
 seen here, so the result is a base model: it continues text and does not answer.
 
-The number of steps follows from `--tokens`; `--minutes` is a ceiling. As long as the ceiling is
-not reached a run depends on the seed alone, up to the order of floating-point sums.
+Training has two rounds, one for each stage of the corpus. `--minutes` is a ceiling: as long as it
+is not reached a run depends on the seed alone, up to the order of floating-point sums; when it is,
+the learning rate goes to zero with the clock.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetuneflow.models.starter.corpus import documents, fingerprint
+from finetuneflow.models.starter.corpus import Stage, documents, fingerprint
 
 END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<|im_start|>"
@@ -56,9 +58,17 @@ CHAT_TEMPLATE = """\
 
 EMBEDDING_SCALE = 0.25
 TOKENIZER_DOCUMENTS = 60_000
-SAVE_EVERY_STEPS = 250
 HELD_OUT_ROWS = 64
 HELD_OUT_SEED_OFFSET = 1_000_003
+
+
+@dataclass(frozen=True)
+class Round:
+    """One pass over one stage of the corpus, with a learning rate of its own."""
+
+    stage: Stage
+    num_tokens: int
+    peak_learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,10 @@ class Recipe:
     """All that decides the result, in tokens, steps and minutes."""
 
     seed: int = 1
-    num_tokens: int = 4_000_000
+    rounds: tuple[Round, ...] = (
+        Round("reading", num_tokens=4_000_000, peak_learning_rate=1.5e-3),
+        Round("facts", num_tokens=4_000_000, peak_learning_rate=2.5e-3),
+    )
     limit_minutes: float = 60.0
     vocab_size: int = 3_200
     hidden_size: int = 256
@@ -76,14 +89,13 @@ class Recipe:
     row_tokens: int = 256
     rows_per_step: int = 8
     initial_scale: float = 0.05
-    peak_learning_rate: float = 1.5e-3
     warmup_steps: int = 80
     weight_decay: float = 0.05
     compiled: bool = True
 
     @property
-    def num_steps(self) -> int:
-        return self.num_tokens // (self.row_tokens * self.rows_per_step)
+    def step_tokens(self) -> int:
+        return self.row_tokens * self.rows_per_step
 
 
 @dataclass(frozen=True)
@@ -200,10 +212,10 @@ def _set_first_head(attention: torch.nn.Module, query: Tensor, key: Tensor, *, v
     attention.o_proj.weight[:, head] = output.T
 
 
-def rows(tokenizer: PreTrainedTokenizerFast, seed: int, row_tokens: int) -> Iterator[list[int]]:
+def rows(tokenizer: PreTrainedTokenizerFast, seed: int, stage: Stage, row_tokens: int) -> Iterator[list[int]]:
     """Rows of exactly `row_tokens` tokens: documents end to end, cut wherever a row is full."""
     end_of_text = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    stream = documents(seed)
+    stream = documents(seed, stage)
     pending: list[int] = []
     while True:
         for encoding in tokenizer.backend_tokenizer.encode_batch(list(islice(stream, 1_000))):
@@ -225,16 +237,16 @@ def next_token_loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
 
 def held_out_loss(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int, row_tokens: int) -> float:
     """Loss on the stream of a seed that training never uses."""
-    stream = rows(tokenizer, seed + HELD_OUT_SEED_OFFSET, row_tokens)
+    stream = rows(tokenizer, seed + HELD_OUT_SEED_OFFSET, "facts", row_tokens)
     batch = torch.tensor(list(islice(stream, HELD_OUT_ROWS)))
     with torch.inference_mode():
         return next_token_loss(model, batch).item()
 
 
-def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
-    """A short linear warm-up, then a straight line down to nothing at the end of the run."""
+def learning_rate(recipe: Recipe, peak: float, step: int, progress: float) -> float:
+    """A short linear warm-up, then a straight line down to nothing at the end of the round."""
     warmup = min(1.0, (step + 1) / recipe.warmup_steps)
-    return recipe.peak_learning_rate * warmup * max(0.0, 1.0 - progress)
+    return peak * warmup * max(0.0, 1.0 - progress)
 
 
 def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
@@ -244,37 +256,36 @@ def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": norms, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.peak_learning_rate, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out_dir: Path) -> tuple[float, int]:
-    """Train in place, saving now and then; return the last mean loss and the number of steps."""
+def train_round(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, index: int) -> tuple[float, int]:
+    """Train one round in place; return the mean loss of its last steps and the steps done."""
+    this = recipe.rounds[index]
     loss_of = torch.compile(next_token_loss) if recipe.compiled else next_token_loss
     optimizer = _optimizer(model, recipe)
-    stream = rows(tokenizer, recipe.seed, recipe.row_tokens)
+    stream = rows(tokenizer, recipe.seed + index, this.stage, recipe.row_tokens)
+    num_steps = this.num_tokens // recipe.step_tokens
+    limit_minutes = recipe.limit_minutes * this.num_tokens / sum(r.num_tokens for r in recipe.rounds)
     started = time.monotonic()
-    recent: list[float] = []
-    step = 0
-    for step in range(recipe.num_steps):
+    losses: list[float] = []
+    for step in range(num_steps):
         minutes = (time.monotonic() - started) / 60
-        progress = max(step / recipe.num_steps, minutes / recipe.limit_minutes)
+        progress = max(step / num_steps, minutes / limit_minutes)
         if progress >= 1.0:
             break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step, progress)
+            group["lr"] = learning_rate(recipe, this.peak_learning_rate, step, progress)
         batch = torch.tensor(list(islice(stream, recipe.rows_per_step)))
         loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        recent = [*recent[-99:], loss.item()]
+        losses.append(loss.item())
         if step % 100 == 0:
-            mean = sum(recent) / len(recent)
-            print(f"step {step}/{recipe.num_steps} loss {mean:.4f} {minutes:.1f} min", flush=True)
-        if step % SAVE_EVERY_STEPS == SAVE_EVERY_STEPS - 1:
-            save(model, tokenizer, out_dir)
-    return sum(recent) / len(recent), step + 1
+            print(f"{this.stage} {step}/{num_steps} loss {fmean(losses[-100:]):.4f} {minutes:.1f} min", flush=True)
+    return fmean(losses[-100:]), len(losses)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
@@ -288,22 +299,24 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: P
 
 
 def pretrain(recipe: Recipe, out_dir: Path) -> Outcome:
-    """Run the whole recipe and leave the model in `out_dir`."""
+    """Run the whole recipe, leaving in `out_dir` the model as it is after every round."""
     started = time.monotonic()
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(recipe.seed, recipe.vocab_size)
     model = build_model(recipe, tokenizer)
-    loss, num_steps = train(model, tokenizer, recipe, out_dir)
-    outcome = Outcome(
+    loss, num_steps = 0.0, 0
+    for index in range(len(recipe.rounds)):
+        loss, steps_done = train_round(model, tokenizer, recipe, index)
+        num_steps += steps_done
+        save(model, tokenizer, out_dir)
+    return Outcome(
         num_parameters=sum(p.numel() for p in model.parameters()),
-        num_tokens=num_steps * recipe.row_tokens * recipe.rows_per_step,
+        num_tokens=num_steps * recipe.step_tokens,
         minutes=round((time.monotonic() - started) / 60, 1),
         training_loss=round(loss, 4),
         held_out_loss=round(held_out_loss(model, tokenizer, recipe.seed, recipe.row_tokens), 4),
         corpus_sha256=fingerprint(recipe.seed),
     )
-    save(model, tokenizer, out_dir)
-    return outcome
 
 
 def main() -> None:
@@ -311,7 +324,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train the starter model from nothing.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--tokens", type=int, default=defaults.num_tokens)
     parser.add_argument("--minutes", type=float, default=defaults.limit_minutes)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
@@ -319,7 +331,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     recipe = Recipe(
         seed=arguments.seed,
-        num_tokens=arguments.tokens,
         limit_minutes=arguments.minutes,
         compiled=not arguments.no_compile,
     )
