@@ -358,11 +358,16 @@ def test_a_run_that_did_not_end_says_so_and_answers_from_a_checkpoint(run: Path)
     assert caught.value.code == "CHECKPOINT_UNUSABLE"
 
 
-def test_a_run_is_loaded_in_the_precision_it_asked_for(tmp_path: Path) -> None:
-    for settings, expected in (({"model__dtype": "float32"}, torch.float32), ({"training__precision": "fp32"}, torch.float32)):
-        run = make_run(tmp_path / str(len(str(settings))), **settings)
-        model = load_generator(run, adapter=False).model
-        assert {p.dtype for p in model.parameters()} == {expected}
+@pytest.mark.parametrize(("stored", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_run_is_loaded_in_the_precision_it_computed_in(tmp_path: Path, stored: str, expected: torch.dtype) -> None:
+    import json
+
+    run = make_run(tmp_path)
+    environment = json.loads((run / "environment.json").read_text())
+    environment["setup"]["storage_dtype"] = stored
+    (run / "environment.json").write_text(json.dumps(environment))
+    model = load_generator(run, adapter=False).model
+    assert {p.dtype for p in model.parameters()} == {expected}
 
 
 def test_a_run_is_asked_through_the_template_it_was_trained_with(run: Path) -> None:
