@@ -103,7 +103,7 @@ def talk(chat: Chat, *, read: Callable[[str], str] = input, interactive: bool | 
 
 def show_answer(chat: Chat, line: str) -> None:
     for name, pieces in chat.answer(line):
-        console.print(f"{name:<5}> ", style="bold cyan", end="", markup=False)
+        console.print(f"{clean(name):<5}> ", style="bold cyan", end="", markup=False)
         try:
             for piece in pieces:
                 console.print(clean(piece), end="", markup=False, highlight=False, soft_wrap=True)

@@ -11,11 +11,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from finetuneflow.errors import CODES, ConfigError, FineTuneFlowError, missing_extra
+from finetuneflow.errors import CODES, ConfigError, DataError, FineTuneFlowError, StorageError, missing_extra
 from finetuneflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -51,9 +51,14 @@ TRAIN_PACKAGES = frozenset(
     }
 )
 
+RUN_FIGURES_WIDTH = 62  # of the columns of `ftf runs` between a run's name and its base, gaps included
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 WorkspaceDir = Annotated[
-    Path | None, typer.Option("--workspace", help="Data directory. [default: $FTF_HOME or ./ftf-workspace]", show_default=False)
+    Path | None,
+    typer.Option(
+        "--workspace", help="Data directory. [default: $FTF_HOME or ./ftf-workspace]", show_default=False, file_okay=False
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only errors.")]
 Run = Annotated[str, typer.Argument(help="A run's name, a unique beginning of it, its folder, or `latest`.")]
@@ -76,9 +81,13 @@ MapOption = Annotated[
 EncodingOption = Annotated[
     str | None, typer.Option("--encoding", help="Text encoding of the files. [default: detected]", show_default=False)
 ]
-TreePaths = Annotated[str, typer.Option("--tree-paths", help="Of a conversation tree: best path, or all.")]
+TreePaths = Annotated[Literal["best", "all"], typer.Option("--tree-paths", help="Of a conversation tree: best path, or all.")]
 TemplateOption = Annotated[str, typer.Option("--template", help="Chat template: auto, a built-in name, or a .jinja file.")]
-Supervised = Annotated[str, typer.Option("--supervise", help="What enters the loss: assistant, last or all.")]
+Supervised = Annotated[
+    Literal["assistant", "last", "all"],
+    typer.Option("--supervise", help="What enters the loss: all answers, the last, all text."),
+]
+Overlong = Annotated[Literal["drop", "cut", "split"], typer.Option("--overlong", help="What becomes of longer examples.")]
 
 
 @data_app.command("check")
@@ -104,7 +113,7 @@ def data_check(
     reports = inspect_files(
         files,
         mapping=_mapping(map_),
-        tree_paths=_tree_paths(tree_paths),
+        tree_paths=tree_paths,
         measure=measure,
         max_length=max_length if model else None,
         near_duplicates=near_duplicates,
@@ -136,21 +145,18 @@ def data_convert(
 
     from finetuneflow.data.examples import to_examples, write_canonical
     from finetuneflow.data.sources import read_rows
-    from finetuneflow.errors import StorageError
-    from finetuneflow.terminal import console, print_json
+    from finetuneflow.terminal import print_json, say
 
     if out.exists() and not overwrite:
         raise StorageError("STORAGE_EXISTS", f"{out} exists already.", remedy="Choose another name, or add --overwrite.")
     problems = out.with_name(f"{out.stem}.problems.jsonl")
-    mapping, paths = _mapping(map_), _tree_paths(tree_paths)
-    items = chain.from_iterable(to_examples(read_rows(file, encoding=encoding), mapping, tree_paths=paths) for file in files)
+    mapping = _mapping(map_)
+    items = chain.from_iterable(to_examples(read_rows(file, encoding=encoding), mapping, tree_paths=tree_paths) for file in files)
     written, rejected = write_canonical(items, out, problems_path=problems)
     if as_json:
         print_json({"out": str(out), "examples": written, "problems": str(problems), "rejected": rejected})
     else:
-        console.print(
-            f"{written:,} examples in {out}" + (f"; {rejected:,} rejected rows in {problems}" if rejected else ""), markup=False
-        )
+        say(f"{written:,} examples in {out}" + (f"; {rejected:,} rejected rows in {problems}" if rejected else ""))
 
 
 @data_app.command("preview")
@@ -160,7 +166,7 @@ def data_preview(
     template: TemplateOption = "auto",
     supervise: Supervised = "assistant",
     max_length: Annotated[int, typer.Option(help="Tokens per example at most.", min=2)] = 2048,
-    overlong: Annotated[str, typer.Option(help="drop, cut or split longer examples.")] = "cut",
+    overlong: Overlong = "cut",
     rows: Annotated[int, typer.Option(help="Examples to show.", min=1, max=1000)] = 3,
     skip: Annotated[int, typer.Option(help="Examples to pass over first.", min=0)] = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Write a web page instead of printing.")] = None,
@@ -174,25 +180,23 @@ def data_preview(
     from finetuneflow.data.examples import Problem, to_examples
     from finetuneflow.data.preview import preview, to_html, to_json, to_terminal
     from finetuneflow.data.sources import read_rows
-    from finetuneflow.terminal import console, print_json
+    from finetuneflow.terminal import console, print_json, say
     from finetuneflow.workspace import write_atomic
 
     chosen, policy = _template_and_policy(model, template, supervise, max_length, overlong)
     examples = (item for item in to_examples(read_rows(file, encoding=encoding), _mapping(map_)) if not isinstance(item, Problem))
     shown = preview(islice(examples, skip, skip + rows), chosen, policy)
+    if not shown.rows and not shown.problems:
+        raise DataError(
+            "DATASET_NOTHING_USABLE", f"{file} has no usable example to show.", remedy=f"See why: ftf data check {file}"
+        )
     if as_json:
         print_json(to_json(shown))
     elif html:
         write_atomic(html, to_html(shown, title=f"{file.name} as {model} sees it"))
-        console.print(f"Wrote {html}", markup=False)
+        say(f"Wrote {html}")
     else:
         console.print(to_terminal(shown))
-
-
-def _tree_paths(text: str) -> Any:
-    if text not in ("best", "all"):
-        raise ConfigError("CONFIG_INVALID_VALUE", f"--tree-paths {text!r} is not one of best, all.")
-    return text
 
 
 def _mapping(pairs: list[str] | None) -> Any:
@@ -203,38 +207,35 @@ def _mapping(pairs: list[str] | None) -> Any:
     if not pairs:
         return None
     known = [f.name for f in fields(Mapping)]
-    split = [pair.partition("=") for pair in pairs]
-    for part, _, column in split:
+    columns = {}
+    for pair in pairs:
+        part, _, column = pair.partition("=")
         if part not in known or not column:
             raise ConfigError(
                 "CONFIG_INVALID_VALUE",
-                f"--map {part[:40]}={column[:40]} is not of the form part=column.",
+                f"--map {pair[:80]!r} is not of the form part=column.",
                 remedy=f"Parts: {', '.join(known)}.",
             )
-    return Mapping(**{part: column for part, _, column in split})
+        columns[part] = column
+    return Mapping(**columns)
 
 
-def _template_and_policy(model: str, template: str, supervise: str, max_length: int, overlong: str = "cut") -> tuple[Any, Any]:
+def _template_and_policy(
+    model: str, template: str, supervise: Supervised, max_length: int, overlong: Overlong = "cut"
+) -> tuple[Any, Any]:
     """The template of a model (its tokenizer alone is loaded) and the policy the options ask for."""
-    from typing import get_args
-
     from finetuneflow.data.templates import resolve_template
-    from finetuneflow.data.tokens import Overlong, Policy, Supervise
+    from finetuneflow.data.tokens import Policy
     from finetuneflow.models.source import ModelSource, tokenizer_folder
     from finetuneflow.models.tokenizer import load_tokenizer
 
-    for value, choices, option in ((supervise, get_args(Supervise), "--supervise"), (overlong, get_args(Overlong), "--overlong")):
-        if value not in choices:
-            raise ConfigError("CONFIG_INVALID_VALUE", f"{option} {value!r} is not one of {', '.join(choices)}.")
-    _quieten_libraries()
     folder, own_code = tokenizer_folder(ModelSource(model))
     tokenizer, _ = load_tokenizer(folder, run_own_code=own_code)
-    return resolve_template(tokenizer, template, consent=True), Policy(
-        supervise=supervise, max_length=max_length, overlong=overlong
-    )  # type: ignore[arg-type]
+    policy = Policy(supervise=supervise, max_length=max_length, overlong=overlong)
+    return resolve_template(tokenizer, template, consent=True), policy
 
 
-def _measure_with(model: str, template: str, supervise: str, max_length: int) -> Any:
+def _measure_with(model: str, template: str, supervise: Supervised, max_length: int) -> Any:
     from functools import partial
 
     from finetuneflow.data.tokens import measure
@@ -270,7 +271,6 @@ def run_config(settings: RunConfig, origins: dict[str, Origin], workspace: Works
     """Train with the view the options ask for."""
     from finetuneflow.training.run import train as train_run
 
-    _quieten_libraries()
     with _view(as_json=as_json, quiet=quiet) as view:
         result = train_run(settings, workspace=workspace, origins=origins, sinks=[view])
     _print_result(result, as_json=as_json, quiet=quiet)
@@ -294,7 +294,6 @@ def resume(
     from finetuneflow.training.run import resume as resume_run
 
     place = Workspace(workspace)
-    _quieten_libraries()
     with _view(as_json=as_json, quiet=quiet) as view:
         result = resume_run(place.run_dir(run), workspace=place, sinks=[view], accept_changes=accept_changes)
     _print_result(result, as_json=as_json, quiet=quiet)
@@ -309,7 +308,7 @@ def stop(
     as_json: Json = False,
 ) -> None:
     """Stop a running run after its current step; it can be resumed."""
-    from finetuneflow.terminal import console, print_json
+    from finetuneflow.terminal import print_json, say
     from finetuneflow.training.status import request_stop, run_status
 
     run_dir = Workspace(workspace).run_dir(run)
@@ -323,15 +322,15 @@ def stop(
     if as_json:
         print_json({"run": run_dir.name, "before": before, "status": after})
     elif before != "running":
-        console.print(f"{run_dir.name} is not running ({before}).")
+        say(f"{run_dir.name} is not running ({before}).")
     else:
-        console.print(f"{run_dir.name}: {'stopping after its current step' if after == 'running' else after}.")
+        say(f"{run_dir.name}: {'stopping after its current step' if after == 'running' else after}.")
 
 
 @app.command()
 def runs(workspace: WorkspaceDir = None, as_json: Json = False) -> None:
     """List all runs, newest last."""
-    from finetuneflow.terminal import console, human_time, print_json, table
+    from finetuneflow.terminal import console, human_time, print_json, say, shorten_middle, table
     from finetuneflow.training.status import run_summary
 
     place = Workspace(workspace)
@@ -340,29 +339,32 @@ def runs(workspace: WorkspaceDir = None, as_json: Json = False) -> None:
         print_json(summaries)
         return
     if not summaries:
-        console.print(f"No runs in {place.runs_dir} yet. Start one with `ftf train run.yaml`, or try `ftf demo`.")
+        say(f"No runs in {place.runs_dir} yet. Start one with `ftf train run.yaml`, or try `ftf demo`.")
         return
+    columns = ["run", "status", "method", "step", "loss", "eval loss", "time", "base"]
+    room = console.width - max(len(s["run"]) for s in summaries) - RUN_FIGURES_WIDTH
+    shown = columns if room >= 12 else columns[:-1]  # a narrow screen shows the figures first
     rows = [
         (
             s["run"],
             s["status"],
             s["method"],
-            s["base"],
             f"{s['step']}/{s['total_steps']}" if s["total_steps"] else "",
             _number(s["loss"]),
             _number(s["eval_loss"]),
             human_time(s["seconds"]) if s["seconds"] else "",
-        )
+            shorten_middle(s["base"] or "", max(12, min(40, room))),
+        )[: len(shown)]
         for s in summaries
     ]
-    console.print(table(None, ["run", "status", "method", "base", "step", "loss", "eval loss", "time"], rows, right=(4, 5, 6, 7)))
+    console.print(table(None, shown, rows, right=(3, 4, 5, 6), whole=range(len(shown))))
 
 
 @app.command()
 def logs(
     run: Run = "latest",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new lines until the run ends.")] = False,
-    level: Annotated[str, typer.Option(help="What to show: all, or only warning lines.")] = "all",
+    level: Annotated[Literal["all", "warning"], typer.Option(help="What to show: all, or only warning lines.")] = "all",
     workspace: WorkspaceDir = None,
     as_json: Json = False,
 ) -> None:
@@ -397,23 +399,24 @@ def verify_resume(
 ) -> None:
     """Prove that a killed and resumed run ends exactly like an uninterrupted one."""
     from finetuneflow.config import load_config, require_runnable
-    from finetuneflow.terminal import console, error_console, print_json
+    from finetuneflow.terminal import console, error_console, print_json, say
     from finetuneflow.training.verify import verify_resume as verify
+
+    def tell(text: str) -> None:
+        error_console.print(f"  {text}", style="dim", markup=False)
 
     settings, _ = load_config(config, set_)
     require_runnable(settings, where=str(config))
-    result = verify(
-        settings, Workspace(workspace), kills=kills, seed=seed, say=lambda text: error_console.print(f"  {text}", style="dim")
-    )
+    result = verify(settings, Workspace(workspace), kills=kills, seed=seed, say=tell)
     if as_json:
         print_json(result.to_dict())
     else:
         for kill in result.kills:
-            console.print(f"killed with SIGKILL {kill.moment}, step {kill.step}")
-        console.print(f"weights: {result.tensors} tensors compared, {len(result.different_tensors)} differ")
-        console.print(f"log and evaluation lines: {result.log_lines} compared, {len(result.different_lines)} differ")
+            say(f"killed with SIGKILL {kill.moment}, step {kill.step}")
+        say(f"weights: {result.tensors} tensors compared, {len(result.different_tensors)} differ")
+        say(f"log and evaluation lines: {result.log_lines} compared, {len(result.different_lines)} differ")
         for difference in (*result.different_tensors, *result.different_lines)[:10]:
-            console.print(f"  differs: {difference}", markup=False)
+            say(f"  differs: {difference}")
         console.print("[bold green]exact[/]" if result.equal else "[bold red]not exact[/]")
     if not result.equal:
         raise typer.Exit(7)
@@ -456,7 +459,6 @@ def evaluate(
     from finetuneflow.terminal import print_json
     from finetuneflow.views import show_evaluation
 
-    _quieten_libraries()
     target = _target(workspace, model)
     run = Path(target) if (Path(target) / "run.yaml").is_file() else None
     settings = replace(options_of_run(run) if run else Options(), limit=limit, max_new_tokens=max_new_tokens)
@@ -500,7 +502,6 @@ def compare(
     from finetuneflow.views import show_comparison
     from finetuneflow.workspace import write_json
 
-    _quieten_libraries()
     first, second, run = _two_generators(workspace, a, b)
     items = _suite(suite)
     if items is None:
@@ -545,30 +546,38 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Share of probability to sample from.", min=0.01, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     workspace: WorkspaceDir = None,
+    as_json: Json = False,
 ) -> None:
     """Talk to a model; switch its adapter off and on to feel the difference."""
     from finetuneflow.chat import Chat, show_answer, talk
     from finetuneflow.inference import load_generator
+    from finetuneflow.terminal import print_json
 
-    _quieten_libraries()
+    if as_json and message is None:
+        raise ConfigError("CLI_USAGE", "--json needs a --message: a conversation is for people.")
+
     generator = load_generator(_target(workspace, model), adapters=_further_adapters(workspace, adapter), checkpoint=checkpoint)
     conversation = Chat(generator, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if both:
         conversation.command("/both")
-    if message is not None:
-        show_answer(conversation, message)
-    else:
+    if message is None:
         talk(conversation)
+    elif as_json:
+        print_json({"message": message, "answers": {name: "".join(pieces) for name, pieces in conversation.answer(message)}})
+    else:
+        show_answer(conversation, message)
 
 
 @app.command()
 def export(
     run: Run = "latest",
-    to: Annotated[str, typer.Option("--to", help="adapter, merged or zip.")] = "adapter",
+    to: Annotated[Literal["adapter", "merged", "zip"], typer.Option("--to", help="What to write.")] = "adapter",
     name: Annotated[
         str | None, typer.Option(help="Name of the folder under exports/. [default: the target]", show_default=False)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Stored type of merged weights: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Stored type of merged weights.")
+    ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export of that name.")] = False,
     workspace: WorkspaceDir = None,
     as_json: Json = False,
@@ -578,14 +587,7 @@ def export(
     from finetuneflow.terminal import print_json
     from finetuneflow.views import show_export
 
-    _quieten_libraries()
-    for value, choices, option in (
-        (to, ("adapter", "merged", "zip"), "--to"),
-        (dtype, ("auto", "float32", "bfloat16", "float16"), "--dtype"),
-    ):
-        if value not in choices:
-            raise ConfigError("CONFIG_INVALID_VALUE", f"{option} {value!r} is not one of {', '.join(choices)}.")
-    result = export_run(Workspace(workspace).run_dir(run), to, name=name, overwrite=overwrite, dtype=dtype)  # type: ignore[arg-type]
+    result = export_run(Workspace(workspace).run_dir(run), to, name=name, overwrite=overwrite, dtype=dtype)
     if as_json:
         print_json(result.to_dict())
     else:
@@ -625,7 +627,6 @@ def demo(
     from finetuneflow.demo import run_demo
     from finetuneflow.terminal import print_json_line
 
-    _quieten_libraries()
     summary = run_demo(Workspace(workspace), seed=seed, quiet=as_json)
     if as_json:
         print_json_line(summary)
@@ -633,13 +634,12 @@ def demo(
 
 def _target(workspace: Path | None, text: str) -> str:
     """A run's folder where `text` names one, else `text` itself (a folder, a hub id, `starter`)."""
-    from finetuneflow.errors import StorageError
-
     place = Workspace(workspace)
     try:
         return str(place.run_dir(text))
     except StorageError:
-        if text == "latest":
+        fits_several_runs = any(name.startswith(text) for name in place.run_names())
+        if text == "latest" or fits_several_runs:
             raise
         return text
 
@@ -686,10 +686,9 @@ def _judges(path: Path | None) -> Any:
 
 def _dry_run(settings: RunConfig, workspace: Workspace, *, as_json: bool) -> None:
     """Everything up to the tokens: what would be trained on, or why it cannot be."""
-    from finetuneflow.terminal import RunView, console, print_json
+    from finetuneflow.terminal import RunView, print_json, say
     from finetuneflow.training.objectives import load_materials
 
-    _quieten_libraries()
     view = RunView(quiet=as_json)
     events = iter(range(1, 1_000_000))
 
@@ -702,7 +701,7 @@ def _dry_run(settings: RunConfig, workspace: Workspace, *, as_json: bool) -> Non
     if as_json:
         print_json(manifest)
         return
-    console.print(
+    say(
         f"{manifest['train_examples']:,} examples to train on, {manifest['eval_examples']:,} held out; "
         f"{manifest['avg_tokens']:.0f} tokens each on average, {100 * manifest['supervised_share']:.1f} % in the loss."
     )
@@ -736,7 +735,7 @@ def explain(code: Annotated[str, typer.Argument(help="An error code, such as OUT
     """Say what an error code means."""
     import difflib
 
-    from finetuneflow.terminal import console, print_json
+    from finetuneflow.terminal import print_json, say
 
     wanted = code.strip().upper()
     if wanted not in CODES:
@@ -747,7 +746,7 @@ def explain(code: Annotated[str, typer.Argument(help="An error code, such as OUT
     if as_json:
         print_json({"code": wanted, "meaning": CODES[wanted]})
     else:
-        console.print(f"{wanted}: {CODES[wanted]}", markup=False)
+        say(f"{wanted}: {CODES[wanted]}")
 
 
 # --- shared ---------------------------------------------------------------------------------------
@@ -760,7 +759,7 @@ def _view(*, as_json: bool, quiet: bool) -> Any:
 
 
 def _print_result(result: RunResult, *, as_json: bool, quiet: bool) -> None:
-    from finetuneflow.terminal import console, print_json
+    from finetuneflow.terminal import print_json, say
 
     if as_json:
         curves = ("train_loss_curve", "eval_loss_curve", "inference_samples")
@@ -773,10 +772,8 @@ def _print_result(result: RunResult, *, as_json: bool, quiet: bool) -> None:
             }
         )
     elif not quiet and result.status == "succeeded":
-        console.print(
-            f"Next: ftf chat {result.run_dir.name}   ftf evaluate {result.run_dir.name}   ftf export {result.run_dir.name} --to adapter",
-            style="dim",
-        )
+        name = result.run_dir.name
+        say(f"Next:  ftf chat {name}\n       ftf evaluate {name}\n       ftf export {name} --to adapter", style="dim")
 
 
 def _number(value: float | None) -> str:
@@ -784,7 +781,10 @@ def _number(value: float | None) -> str:
 
 
 def _quieten_libraries() -> None:
-    """Library chatter (progress bars of loading, advice about optional kernels) has no place between our lines."""
+    """Library chatter (progress bars of loading, advice about optional kernels) has no place between our lines.
+
+    Must come before the libraries are imported, and imports none of them itself.
+    """
     import logging
     import os
     import warnings
@@ -796,34 +796,79 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
+# typer exports only this one of its usage errors; the base is common to unknown options, missing arguments and bad values.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+
+
 def main() -> None:
-    """Entry point: translates every error of ours into text (or JSON) and an exit code, once."""
+    """Entry point: translates every error a user can cause into text (or JSON) and an exit code, once."""
     from finetuneflow.hardware import prefer_passive_waiting
+    from finetuneflow.terminal import silence
 
     prefer_passive_waiting()
+    _quieten_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a poor encoding is no reason to fail
     as_json = "--json" in sys.argv
     try:
-        app()
+        code = _run_app(as_json=as_json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `ftf … | head`
+        silence(sys.stdout)
+        code = 1
+    raise SystemExit(code)
+
+
+def _run_app(*, as_json: bool) -> int:
+    try:
+        code = app(prog_name="ftf", standalone_mode=False) or 0  # typer returns the code of typer.Exit, and 130 for Ctrl-C
     except FineTuneFlowError as error:
-        _fail(error, as_json=as_json)
+        return _fail(error, as_json=as_json)
+    except USAGE_ERROR as error:
+        return _fail_usage(error, as_json=as_json)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in TRAIN_PACKAGES:
             raise
-        _fail(missing_extra(package, "train"), as_json=as_json)
+        return _fail(missing_extra(package, "train"), as_json=as_json)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(_unusable_path(error), as_json=as_json)
     except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        if as_json:  # the trace of our own mistake goes to standard error as ever
+            _fail(FineTuneFlowError("UNEXPECTED", f"{type(error).__name__}: {error}"), as_json=True)
+        raise
+    if code == 130:
         sys.stderr.write("\nInterrupted.\n")
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # `ftf … | head`
-        sys.stderr.close()
-        raise SystemExit(0) from None
+    return int(code)
 
 
-def _fail(error: FineTuneFlowError, *, as_json: bool) -> NoReturn:
+def _fail(error: FineTuneFlowError, *, as_json: bool) -> int:
     from finetuneflow.terminal import print_error
 
     print_error(error, as_json=as_json)
-    raise SystemExit(130 if error.code == "TRAINING_INTERRUPTED" else error.exit_code) from None
+    return 130 if error.code == "TRAINING_INTERRUPTED" else error.exit_code
+
+
+def _fail_usage(error: Any, *, as_json: bool) -> int:
+    if not as_json:
+        error.show()  # with the verb's usage line
+        return int(error.exit_code)
+    usage = error.ctx.get_usage() if error.ctx else None
+    return _fail(ConfigError("CLI_USAGE", error.format_message(), context={"usage": usage}), as_json=True)
+
+
+def _unusable_path(error: OSError) -> StorageError:
+    """A path that the system refuses where no verb expected it: a file in place of a folder, no permission, no room."""
+    return StorageError(
+        "STORAGE_UNUSABLE",
+        f"{error.filename} cannot be used: {error.strerror}.",
+        where=str(error.filename),
+        remedy="Check that the path is of the right kind and that this user may read and write it, or name another.",
+    )
 
 
 if __name__ == "__main__":

@@ -119,6 +119,9 @@ class Training(Section):
     batch_size: int = Field(4, ge=1, le=4096, description="Examples per device and forward pass (micro-batch).")
     eval_batch_size: int = Field(4, ge=1, le=4096, description="Examples per device in evaluation.")
     gradient_accumulation: int = Field(4, ge=1, le=4096, description="Micro-batches per optimizer step.")
+    group_by_length: bool = Field(
+        False, description="Rows of like length meet in a step: less padding, at the price of a little less randomness."
+    )
     warmup_ratio: float = Field(
         0.03, ge=0.0, le=1.0, description="Share of all steps in which the learning rate rises from zero."
     )

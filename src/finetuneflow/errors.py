@@ -27,10 +27,14 @@ CODES: dict[str, str] = {
     "CONFIG_INVALID_VALUE": "A setting has a value of the wrong type or outside its range.",
     "CONFIG_UNREADABLE": "The run file is missing, not valid YAML, or too large.",
     "CONFIG_CONFLICT": "Two settings contradict each other.",
+    # command line
+    "CLI_USAGE": "The command line has an unknown option or verb, a missing argument or a value out of range.",
+    "UNEXPECTED": "A mistake of FineTuneFlow itself; the trace on standard error belongs into a report.",
     # storage
     "STORAGE_BAD_NAME": "A name holds characters or parts that could leave the workspace.",
     "STORAGE_DISK_FULL": "There is not enough free space for what was about to be written.",
     "STORAGE_NOT_WRITABLE": "A folder cannot be written by this user.",
+    "STORAGE_UNUSABLE": "A path is of the wrong kind, or the system refuses it.",
     "STORAGE_EXISTS": "The target exists already and is never overwritten unasked.",
     "RUN_NOT_FOUND": "No run of that name is in the workspace.",
     "RUN_BUSY": "Another process is working on this run.",

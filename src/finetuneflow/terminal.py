@@ -6,14 +6,17 @@ bidi marks, markup), so that a row of a dataset cannot repaint the screen.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -24,9 +27,25 @@ from finetuneflow.events import Event
 PIPE_WIDTH = 140  # a pipe has no width of its own; rich would wrap at 80
 
 
+class _Terminal(Console):
+    """A console whose reader may leave (`| head`): rich would end the process, but a run must outlive its viewer."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        silence(self.file)
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def silence(stream: IO[str]) -> None:
+    """Send what a stream still holds to nowhere, so that the interpreter's last flush finds no closed pipe."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _console(*, stderr: bool = False) -> Console:
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, width=None if is_terminal else PIPE_WIDTH, highlight=False)
+    width = None if is_terminal or "COLUMNS" in os.environ else PIPE_WIDTH
+    return _Terminal(stderr=stderr, width=width, soft_wrap=not is_terminal, highlight=False, emoji=False)
 
 
 console = _console()
@@ -35,19 +54,29 @@ error_console = _console(stderr=True)
 
 def print_json(value: Any) -> None:
     """Machine output: one JSON document on standard output, nothing else."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+    sys.stdout.write(_json(value, indent=2) + "\n")
 
 
 def print_json_line(value: Any) -> None:
     """Machine output of a stream: one JSON object per line."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(_json(value) + "\n")
     sys.stdout.flush()
 
 
+def _json(value: Any, *, indent: int | None = None) -> str:
+    """Readable where the stream can carry it; a lone surrogate (of a file name) or another encoding asks for escapes."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, default=str)
+    return text
+
+
 def print_error(error: FineTuneFlowError, *, as_json: bool) -> None:
-    """An error in full: what, where, what to do. JSON goes to standard output, so that pipes see it."""
+    """An error in full: what, where, what to do. JSON goes to standard output as one line, so that streams stay readable."""
     if as_json:
-        print_json(error.to_dict())
+        print_json_line(error.to_dict())
         return
     error_console.print(Text.assemble(("error ", "bold red"), clean(error.message), (f"  [{error.code}]", "dim")), soft_wrap=True)
     if error.where:
@@ -64,11 +93,43 @@ def clean(text: str) -> str:
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[int] = ()) -> Table:
-    """A table of plain values; columns whose index is in `right` are right-aligned."""
+def say(text: str, *, style: str = "") -> None:
+    """A paragraph of plain text, whatever characters it holds; on a terminal its indent holds for wrapped lines too."""
+    shown = Text(clean(text.lstrip(" ")), style=style)
+    indent = len(text) - len(text.lstrip(" "))
+    console.print(Padding(shown, (0, 0, 0, indent), expand=False) if console.is_terminal else Text(" " * indent) + shown)
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most `limit` characters, the end cut off."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def shorten_middle(text: str, limit: int) -> str:
+    """At most `limit` characters, the middle left out: of a path, both ends tell something."""
+    if len(text) <= limit:
+        return text
+    head = (limit - 1) // 3
+    return f"{text[:head]}…{text[head + 1 - limit :]}"
+
+
+def table(
+    title: str | None,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    right: Sequence[int] = (),
+    whole: Sequence[int] = (),
+) -> Table:
+    """A table of plain values; columns whose index is in `right` are right-aligned, those in `whole` never wrapped."""
     result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="right" if index in right else "left", overflow="fold")
+        result.add_column(
+            column,
+            justify="right" if index in right else "left",
+            overflow="ellipsis" if index in whole else "fold",
+            no_wrap=index in whole,
+        )
     for row in rows:
         result.add_row(*(cell if isinstance(cell, Text) else Text(_one_line(cell)) for cell in row))
     return result
@@ -124,8 +185,15 @@ class RunView:
 
     def __call__(self, event: Event) -> None:
         handler = getattr(self, f"_on_{event['event']}", None)
-        if handler and not self.quiet:
+        if handler is None or self.quiet:
+            return
+        event = {key: clean(value) if isinstance(value, str) else value for key, value in event.items()}
+        try:
             handler(event)
+        except BrokenPipeError:
+            self.quiet = True
+        except (KeyError, TypeError, ValueError):  # written by another version, or by hand
+            self._print(Text(f"{event['event']}: this event's fields are not as expected", style="dim"))
 
     def close(self) -> None:
         if self._live:
@@ -169,12 +237,12 @@ class RunView:
             self._seen_decisions.add(key)
             self._print_item(
                 Text("· ", "dim"),
-                Text.assemble((f"{event['setting']} = {clean(str(event['value']))}  ", "cyan"), (clean(event["reason"]), "dim")),
+                Text.assemble((f"{event['setting']} = {clean(str(event['value']))}  ", "cyan"), (event["reason"], "dim")),
             )
 
     def _on_warning(self, event: Event) -> None:
-        advice = f"  {clean(event['advice'])}" if event["advice"] else ""
-        self._print_item(Text("! ", "bold yellow"), Text.assemble((clean(event["message"]), "yellow"), (advice, "dim")))
+        advice = f"  {event['advice']}" if event["advice"] else ""
+        self._print_item(Text("! ", "bold yellow"), Text.assemble((event["message"], "yellow"), (advice, "dim")))
 
     def _on_log(self, event: Event) -> None:
         figures = (
@@ -228,7 +296,10 @@ class RunView:
         self.close()
 
     def _print_item(self, mark: Text, text: Text) -> None:
-        """A marked line whose continuation lines stand under its text."""
+        """A marked line whose continuation lines, on a terminal, stand under its text."""
+        if not self.console.is_terminal:
+            self._print(Text("  ") + mark + text)
+            return
         grid = Table.grid(padding=0)
         grid.add_column(width=4)
         grid.add_column()
@@ -236,9 +307,4 @@ class RunView:
         (self._live.console if self._live else self.console).print(grid)
 
     def _print(self, text: Text) -> None:
-        (self._live.console if self._live else self.console).print(text, soft_wrap=not self.console.is_terminal)
-
-
-def markup(text: str) -> str:
-    """User text inside a rich markup string."""
-    return escape(clean(text))
+        (self._live.console if self._live else self.console).print(text)

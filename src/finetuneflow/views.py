@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.text import Text
 
-from finetuneflow.terminal import clean, console, human_bytes, human_time, percent, table
+from finetuneflow.terminal import clean, console, human_bytes, human_time, percent, say, shorten, table
 
 if TYPE_CHECKING:
     from finetuneflow.data.quality import FileReport
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MARKS = {"ok": ("✓ ok  ", "green"), "warn": ("! warn", "yellow"), "fail": ("✗ fail", "red")}
 EXAMPLES_PER_REASON = 2
+LINES_PER_CELL = 3
+WIDE = 120  # columns
 
 
 # --- datasets -------------------------------------------------------------------------------------
@@ -37,26 +39,26 @@ def show_data_report(report: FileReport) -> None:
             )
         )
         if remedy := report.error["context"].get("remedy"):
-            console.print(Text(f"  {clean(remedy)}", style="dim"))
+            say(f"  {remedy}", style="dim")
         return
     source = report.source
     form = f"{source.format}{f' ({source.compression})' if source.compression else ''}, {source.encoding}" if source else ""
     console.print(Text.assemble((clean(report.file), "bold"), f"  {form}"))
-    console.print(
+    say(
         f"  {report.usable:,} of {report.rows:,} rows usable"
         + (f", {report.rejected_rows:,} rejected ({percent(report.rejected_share)})" if report.rejected else "")
         + (f", {report.examples:,} examples" if report.examples != report.usable else "")
     )
-    console.print("  shapes      " + _counts(report.shapes))
+    say("  shapes      " + _counts(report.shapes))
     _show_problems(report)
     near = "" if report.near_duplicates is None else f", {report.near_duplicates:,} nearly the same"
-    console.print(f"  duplicates  {report.duplicates:,} exact{near}")
+    say(f"  duplicates  {report.duplicates:,} exact{near}")
     if report.languages:
-        console.print(f"  languages   {_counts(report.languages)}  (of {report.languages_sampled:,} sampled)")
+        say(f"  languages   {_counts(report.languages)}  (of {report.languages_sampled:,} sampled)")
     if report.tokens is not None:
         _show_tokens(report)
     for note, count in report.notes.items():
-        console.print(Text(f"  · {count:,} x {clean(note)}", style="dim"))
+        say(f"  · {count:,} x {note}", style="dim")
     for warning in report.warnings:
         console.print(Text.assemble(("  ! ", "yellow"), clean(warning)))
 
@@ -65,29 +67,29 @@ def _show_problems(report: FileReport) -> None:
     for code, count in report.rejected.items():
         console.print(Text.assemble(("  ✗ ", "red"), f"{count:,} x {code}"))
         for problem in report.problems.get(code, ())[:EXAMPLES_PER_REASON]:
-            console.print(Text(f"      {clean(str(problem.place))}: {clean(problem.found)}", style="dim"), soft_wrap=True)
-            console.print(Text(f"      → {clean(problem.hint)}", style="dim"), soft_wrap=True)
+            say(f"      {problem.place}: {problem.found}", style="dim")
+            say(f"      → {problem.hint}", style="dim")
 
 
 def _show_tokens(report: FileReport) -> None:
     tokens = report.tokens
     assert tokens is not None
-    console.print(
+    say(
         f"  tokens      {tokens.total:,} in all, {percent(tokens.supervised_share)} in the loss; "
         f"per example {tokens.shortest} to {tokens.longest:,}, median {tokens.median}, 95 % below {tokens.p95:,}"
     )
     if tokens.max_length:
-        console.print(
+        say(
             f"  over {tokens.max_length:,}   {tokens.rows_over:,} examples, which lose {tokens.answer_tokens_lost:,} answer tokens"
         )
     widest = max(tokens.histogram.values(), default=1) or 1
     for edge, count in tokens.histogram.items():
         if count:
-            console.print(f"    {edge:>8} {'█' * max(1, round(30 * count / widest))} {count:,}")
+            say(f"    {edge:>8} {'█' * max(1, round(30 * count / widest))} {count:,}")
 
 
 def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{clean(name)} {count:,}" for name, count in counts.items()) or "none"
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
 
 
 # --- evaluation and comparison ----------------------------------------------------------------------
@@ -97,7 +99,7 @@ def show_suite(result: SuiteResult, *, title: str | None = None) -> None:
     """Pass share per tag, and the failures."""
     console.print(
         Text.assemble(
-            (f"{title or result.suite}: ", "bold"),
+            (f"{clean(title or result.suite)}: ", "bold"),
             f"{result.passed} of {len(result.items)} prompts passed ({percent(result.pass_share)})",
         )
     )
@@ -108,7 +110,10 @@ def show_suite(result: SuiteResult, *, title: str | None = None) -> None:
     for item in result.failures[:8]:
         console.print(
             Text.assemble(
-                ("  ✗ ", "red"), (item.id, "bold"), f"  {clean(item.answer[:80])!r}  ", (clean("; ".join(item.reasons)), "dim")
+                ("  ✗ ", "red"),
+                (clean(item.id), "bold"),
+                f"  {clean(item.answer[:80])!r}  ",
+                (clean("; ".join(item.reasons)), "dim"),
             )
         )
 
@@ -119,64 +124,79 @@ def _bar(share: float, width: int = 20) -> str:
 
 
 def show_evaluation(result: Evaluation) -> None:
-    console.print(Text.assemble(("Evaluation of ", "bold"), (result.model, "bold cyan"), f"  {human_time(result.seconds)}"))
+    console.print(
+        Text.assemble(("Evaluation of ", "bold"), (clean(result.model), "bold cyan"), f"  {human_time(result.seconds)}")
+    )
     if result.losses:
         figures = result.losses
-        console.print(
+        say(
             f"  loss {figures.loss:.4f} nats/token   perplexity {figures.perplexity:.3f}   token accuracy {percent(figures.token_accuracy)}   "
             f"over {figures.tokens:,} tokens of {figures.examples:,} examples"
         )
     if result.scores:
         scores = result.scores.to_dict()
         shown = {name: value for name, value in scores.items() if isinstance(value, int | float)}
-        console.print("  " + "   ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        say("  " + "   ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     if result.samples:
         console.print(_sample_table([sample.to_dict() for sample in result.samples]))
     if result.suite:
         show_suite(result.suite)
     if result.skipped:
-        console.print(Text(f"  left out: {_counts(dict(result.skipped))}", style="dim"))
+        say(f"  left out: {_counts(dict(result.skipped))}", style="dim")
 
 
 def _sample_table(samples: Sequence[dict[str, Any]]) -> Any:
-    rows = [(s["instruction"][:200], s["expected_output"][:200], s["model_output"][:200]) for s in samples]
+    limit = _cell_limit(3)
+    rows = [tuple(shorten(s[part], limit) for part in ("instruction", "expected_output", "model_output")) for s in samples]
     return table("Samples", ["prompt", "expected", "answered"], rows)
+
+
+def _cell_limit(columns: int) -> int:
+    """Characters of a cell where `columns` share the line and none takes more than a few lines."""
+    return max(40, LINES_PER_CELL * (console.width // columns - 2))
 
 
 def show_comparison(result: Comparison, *, items: int = 6) -> None:
     """The verdict first, then the measures, then the items where the two differ most clearly."""
     colour = {"better": "bold green", "worse": "bold red", "no evidence": "bold yellow"}[result.verdict]
     console.print(Text.assemble((f"{result.verdict}  ", colour), clean(result.sentence())))
-    console.print(
-        table(
-            None,
-            ["measure", clean(result.a), clean(result.b), "gain (95 % interval)", "won/tied/lost", "sign test p", "verdict"],
-            [_measure_row(m) for m in result.measures],
-            right=(1, 2),
-        )
-    )
+    console.print(_measure_table(result))
     if result.forgetting:
         f = result.forgetting
-        console.print(
+        say(
             f"general text ({f.text}, {f.tokens:,} tokens): perplexity {f.a_perplexity:.3f} -> {f.b_perplexity:.3f} "
             f"({f.loss_change:+.1%} bits per byte; above zero is forgetting)"
         )
     changed = [item for item in result.items if item.outcome != "tie"][:items]
     if changed:
-        rows = [(item.outcome, item.prompt[:120], item.a_answer[:120], item.b_answer[:120]) for item in changed]
-        console.print(table("Where they differ", ["outcome", "prompt", result.a, result.b], rows))
-    console.print(Text(result.rule, style="dim"))
+        limit = _cell_limit(4)
+        rows = [
+            (item.outcome, *(shorten(text, limit) for text in (item.prompt, item.a_answer, item.b_answer))) for item in changed
+        ]
+        columns = ["outcome", "prompt", clean(result.a), clean(result.b)]
+        console.print(table("Where they differ", columns, rows, whole=(0,)))
+    say(result.rule, style="dim")
 
 
-def _measure_row(m: Measure) -> tuple[str, ...]:
-    gain = f"{m.difference.mean:+.4g} ({m.difference.low:+.3g} to {m.difference.high:+.3g})"
+def _measure_table(result: Comparison) -> Any:
+    """A narrow screen goes without units and the sign test, which the sentence above it tells."""
+    wide = console.width >= WIDE
+    columns = ["measure", clean(result.a), clean(result.b), "gain", "95 % interval", "won/tied/lost", "verdict"]
+    rows = [_measure_row(m, with_unit=wide) for m in result.measures]
+    if wide:
+        columns.append("sign test p")
+        rows = [(*row, f"{m.sign_test_p:.2g}") for row, m in zip(rows, result.measures, strict=True)]
+    return table(None, columns, rows, right=(1, 2, 3), whole=(0, 3, 4, 5, 6, 7))
+
+
+def _measure_row(m: Measure, *, with_unit: bool) -> tuple[str, ...]:
     return (
-        f"{m.name} ({m.unit})",
+        f"{m.name} ({m.unit})" if with_unit else m.name,
         f"{m.a:.4g}",
         f"{m.b:.4g}",
-        gain,
+        f"{m.difference.mean:+.2g}",
+        f"{m.difference.low:+.2g} to {m.difference.high:+.2g}",
         f"{m.wins}/{m.ties}/{m.losses}",
-        f"{m.sign_test_p:.2g}",
         m.verdict,
     )
 
@@ -186,7 +206,7 @@ def _measure_row(m: Measure) -> tuple[str, ...]:
 
 def show_export(result: ExportResult) -> None:
     check = result.check
-    console.print(Text.assemble(("Exported ", "bold green"), (str(result.dir), "bold")))
+    console.print(Text.assemble(("Exported ", "bold green"), (clean(str(result.dir)), "bold")))
     console.print(
         table(
             None,
@@ -195,7 +215,7 @@ def show_export(result: ExportResult) -> None:
             right=(1,),
         )
     )
-    console.print(
+    say(
         f"  checked by loading it again: {check.compared}; {check.same_texts} of {check.prompts} greedy texts the same, "
         f"largest logit difference {check.max_abs_diff:.2g} (relative error {check.error:.2g}, allowed {check.tolerance:.2g})"
     )

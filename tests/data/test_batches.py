@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,3 +62,28 @@ def test_epochs_and_seeds_differ() -> None:
             sampler.set_epoch(epoch)
             orders.add(tuple(sampler))
     assert len(orders) == 9
+
+
+def test_grouping_keeps_every_row_once_and_wastes_less_padding() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(5, 400) for _ in range(1003)]
+    plain = EpochSampler(1003, seed=1)
+    grouped = EpochSampler(1003, seed=1, lengths=lengths, group_size=16)
+    order = list(grouped)
+    assert sorted(order) == list(range(1003))
+
+    def padded(rows: list[int]) -> int:
+        return sum(16 * max(lengths[row] for row in rows[i : i + 16]) for i in range(0, len(rows), 16))
+
+    assert padded(order) < 0.75 * padded(list(plain))
+
+
+def test_grouped_order_is_a_function_of_seed_and_epoch_and_differs_between_epochs() -> None:
+    lengths = [(7 * i) % 50 for i in range(200)]
+    one, two = (EpochSampler(200, seed=3, lengths=lengths, group_size=8) for _ in range(2))
+    torch.rand(5)  # the global random state plays no part
+    assert list(one) == list(two)
+    two.set_epoch(1)
+    assert list(one) != list(two)
+    firsts = [lengths[row] for row in list(one)[::8]]
+    assert firsts != sorted(firsts, reverse=True)  # long and short steps are mixed

@@ -17,7 +17,7 @@ import yaml
 from finetuneflow.models.starter import corpus, starter_path, tuning, world
 
 CORPUS_SHA256 = "78984398c3230113f7d43c26309c260088236ef89221f09eb837bda1f0bdd8d0"
-HELD_OUT_LOSS_LIMIT = 2.0
+HELD_OUT_LOSS_LIMIT = 1.3
 SIZE_LIMIT_BYTES = 12_000_000
 SUITES = ("acceptance", "development")
 SUM = re.compile(r"\b(\d+) ?(?:\+|plus|and|et) ?(\d+)\b")

@@ -159,7 +159,11 @@ class SupervisedTrainer(Trainer):
         super()._run_epoch(**kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return EpochSampler(len(self.train_dataset), seed=self.args.seed)
+        settings = self.monitor.settings
+        if not settings.group_by_length:
+            return EpochSampler(len(self.train_dataset), seed=self.args.seed)
+        lengths = list(self.train_dataset["length"])
+        return EpochSampler(len(lengths), seed=self.args.seed, lengths=lengths, group_size=settings.effective_batch)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step = self.state.global_step

@@ -6,8 +6,9 @@ is to teach *reading*: topic documents name something and state a fact about it 
 documents repeat what was said earlier. Without them a small model stores facts but answers about
 the wrong entity.
 
-There are two stages. "reading" opens with recall documents alone, because looking back has to be
-learned first and is learned sooner when nothing else is; "facts" then gives most room to facts.
+There are three stages. "reading" opens with recall documents alone, because looking back has to be
+learned first and is learned sooner when nothing else is; "facts" gives most room to plain facts;
+"recollection" to facts which are stated some way after the thing they are about.
 
 Nothing here is in chat format and no document puts a question next to a known fact: how to answer
 is left to instruction tuning.
@@ -30,7 +31,7 @@ NUM_FINGERPRINT_DOCUMENTS = 20_000
 
 Templates = dict[Language, tuple[str, ...]]
 Maker = Callable[[Random, Language], str]
-Stage = Literal["reading", "facts"]
+Stage = Literal["reading", "facts", "recollection", "rehearsal"]
 
 _SENTENCE_START = re.compile(r"(^|[.!?]\s+|\n)([«\"]\s?)?([a-zà-öø-ÿœ])")
 
@@ -815,6 +816,75 @@ def _sums(rng: Random, language: Language) -> str:
     return _joined(rng, facts)
 
 
+# --- Cards: a fact called for by its key, alone on its line -------------------------------------------
+
+# What a topic is about, then the fact without the words that usually lead to it. A model that has only read
+# "the capital of Kenya is Nairobi" finds Nairobi behind these very words and nowhere else.
+_CARDS: Templates = {
+    "en": (
+        "{key}.{pause}{value}.",
+        "{key}.\n{value}.",
+        "{key}: {value}.",
+        "on the card: {key}.{pause}{value}.",
+        "{name} turned the card over. {key}.\n{value}.",
+        "{key}, in one word: {value}.",
+    ),
+    "fr": (
+        "{key}.{pause}{value}.",
+        "{key}.\n{value}.",
+        "{key} : {value}.",
+        "sur la carte : {key}.{pause}{value}.",
+        "{name} a retourné la carte. {key}.\n{value}.",
+        "{key}, en un mot : {value}.",
+    ),
+}
+_CARD_KEYS: dict[str, Phrase] = {
+    "capital": {"en": "the capital {0}", "fr": "la capitale {0}"},
+    "opposite": {"en": "the opposite of {0}", "fr": "le contraire de {0}"},
+    "colour": {"en": "the colour of {0}", "fr": "une couleur pour {0}"},
+    "sound": {"en": "what {0} does with its voice", "fr": "le cri de cet animal, {0}"},
+    "sum": {"en": "{0} + {1}", "fr": "{0} + {1}"},
+    "total": {"en": "the total of {0} and {1}", "fr": "le total de {0} et {1}"},
+    "list": {"en": "three {0}", "fr": "trois {0}"},
+    "word": {"en": "the word {0}", "fr": "le mot {0}"},
+}
+
+
+def _card_of(rng: Random, language: Language) -> tuple[str, str]:
+    """(key, value) of one card; capitals most often, because there are most of them."""
+    kind = rng.choices(tuple(_CARD_KEYS), (30, 11, 9, 4, 6, 4, 14, 8))[0]
+    key = _CARD_KEYS[kind][language]
+    if kind == "capital":
+        country = rng.choice(world.COUNTRIES)
+        return key.format(country.of[language]), country.capital[language]
+    if kind == "opposite":
+        first, second = rng.sample(rng.choice(world.OPPOSITES).pair[language], 2)
+        return key.format(first), second
+    if kind == "colour":
+        thing = rng.choice(world.COLOURED_THINGS)
+        return key.format(thing.name[language]), thing.colour[language]
+    if kind == "sound":
+        animal = rng.choice(world.ANIMAL_SOUNDS)
+        return key.format(animal.animal[language]), animal.verb[language]
+    if kind in ("sum", "total"):
+        first_number, second_number = rng.randint(0, world.LARGEST_ADDEND), rng.randint(0, world.LARGEST_ADDEND)
+        return key.format(first_number, second_number), str(first_number + second_number)
+    if kind == "list":
+        category = rng.choice(world.CATEGORIES)
+        return key.format(category.plural[language]), _enumeration(rng.sample(category.members[language], 3), language)
+    word = _any_words(rng, language, 1)[0]
+    return key.format(word), word
+
+
+def _cards(rng: Random, language: Language) -> str:
+    """One to three cards."""
+    made = []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        key, value = _card_of(rng, language)
+        made.append(_write(rng, _CARDS, language, key=key, value=value, name=_person(rng).name, pause=_pause(rng, language)))
+    return "\n".join(made)
+
+
 _RECALL_ALONE: dict[Maker, float] = {
     _copying: 25,
     _shopping_list: 4,
@@ -856,5 +926,41 @@ _WEIGHTS: dict[Stage, dict[Maker, float]] = {
         _owners_recall: 1,
         _story: 2,
         _dialogue: 3,
+    },
+    "recollection": {
+        _cards: 40,
+        _capital_facts: 4,
+        _country_topic: 14,
+        _country_selection: 4,
+        _opposites: 7,
+        _colours: 6,
+        _sounds: 4,
+        _members: 10,
+        _shopping_list: 1,
+        _sums: 8,
+        _name_recall: 3,
+        _speaker_recall: 4,
+        _copying: 5,
+        _owners_recall: 1,
+        _story: 2,
+        _dialogue: 5,
+    },
+    "rehearsal": {
+        _cards: 36,
+        _capital_facts: 3,
+        _country_topic: 10,
+        _country_selection: 3,
+        _opposites: 9,
+        _colours: 5,
+        _sounds: 3,
+        _members: 8,
+        _shopping_list: 2,
+        _sums: 9,
+        _name_recall: 5,
+        _speaker_recall: 5,
+        _copying: 18,
+        _owners_recall: 2,
+        _story: 2,
+        _dialogue: 5,
     },
 }

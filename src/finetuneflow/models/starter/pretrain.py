@@ -4,7 +4,7 @@ Writes a complete model folder: a byte-level BPE tokenizer learned from the gene
 chat template, and a small Llama-shaped language model. The chat tokens are reserved but never
 seen here, so the result is a base model: it continues text and does not answer.
 
-Training has two rounds, one for each stage of the corpus. `--minutes` is a ceiling: as long as it
+Training has three rounds, one for each stage of the corpus. `--minutes` is a ceiling: as long as it
 is not reached a run depends on the seed alone, up to the order of floating-point sums; when it is,
 the learning rate goes to zero with the clock.
 """
@@ -78,7 +78,9 @@ class Recipe:
     seed: int = 1
     rounds: tuple[Round, ...] = (
         Round("reading", num_tokens=4_000_000, peak_learning_rate=1.5e-3),
-        Round("facts", num_tokens=4_000_000, peak_learning_rate=2.5e-3),
+        Round("facts", num_tokens=3_140_000, peak_learning_rate=2.5e-3),
+        Round("recollection", num_tokens=4_000_000, peak_learning_rate=2.5e-3),
+        Round("rehearsal", num_tokens=3_200_000, peak_learning_rate=2e-3),
     )
     limit_minutes: float = 60.0
     vocab_size: int = 3_200
@@ -237,7 +239,7 @@ def next_token_loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
 
 def held_out_loss(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int, row_tokens: int) -> float:
     """Loss on the stream of a seed that training never uses."""
-    stream = rows(tokenizer, seed + HELD_OUT_SEED_OFFSET, "facts", row_tokens)
+    stream = rows(tokenizer, seed + HELD_OUT_SEED_OFFSET, "recollection", row_tokens)
     batch = torch.tensor(list(islice(stream, HELD_OUT_ROWS)))
     with torch.inference_mode():
         return next_token_loss(model, batch).item()

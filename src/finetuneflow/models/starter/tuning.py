@@ -529,18 +529,18 @@ def _courtesy(rng: Random, language: Language, split: Split) -> list[Message]:
 
 
 _KINDS: tuple[tuple[Kind, float], ...] = (
-    (_capital, 22),
+    (_capital, 18),
     (_capital_in_one_word, 12),
     (_sum, 9),
-    (_sum_as_number, 4),
-    (_opposite, 8),
-    (_opposite_in_one_word, 5),
+    (_sum_as_number, 8),
+    (_opposite, 9),
+    (_opposite_in_one_word, 6),
     (_colour, 7),
     (_sound, 5),
     (_list_of_three, 12),
-    (_memory, 18),
-    (_repeat, 4),
-    (_courtesy, 2),
+    (_memory, 14),
+    (_repeat, 10),
+    (_courtesy, 3),
 )
 
 
