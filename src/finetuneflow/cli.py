@@ -1,7 +1,7 @@
 """`ftf`: one short function per verb. Heavy imports happen inside the verbs, so that `--help` is instant.
 
 Exit codes: 0 done, 1 unexpected, 2 configuration or usage, 3 data, 4 model, 5 hardware, 6 training,
-7 resume, 8 evaluation, 9 export, 10 storage, 130 interrupted. With `--json` every verb prints one JSON
+7 resume, 8 evaluation, 9 export, 10 storage, 130 interrupted or stopped. With `--json` every verb prints one JSON
 document on standard output (streams: one object per line), errors included.
 """
 
@@ -774,6 +774,8 @@ def _print_result(result: RunResult, *, as_json: bool, quiet: bool) -> None:
     elif not quiet and result.status == "succeeded":
         name = result.run_dir.name
         say(f"Next:  ftf chat {name}\n       ftf evaluate {name}\n       ftf export {name} --to adapter", style="dim")
+    if result.status == "stopped":  # `ftf train … && ftf export …` must not go on with half a run
+        raise typer.Exit(130)
 
 
 def _number(value: float | None) -> str:

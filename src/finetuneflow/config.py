@@ -269,8 +269,17 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> tuple[R
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("CONFIG_UNREADABLE", f"The run file cannot be read: {error}.", where=str(path)) from error
+    except OSError as error:
+        raise ConfigError(
+            "CONFIG_UNREADABLE",
+            f"The run file cannot be read: {error.strerror}.",
+            where=str(path),
+            remedy="Check the path; `ftf config > run.yaml` writes a file to start from.",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            "CONFIG_UNREADABLE", f"The run file is not UTF-8 (byte {error.start}).", where=str(path), remedy="Save it as UTF-8."
+        ) from error
     values = parse_yaml(text, where=str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(

@@ -31,13 +31,13 @@ NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,98}[a-z0-9])?")
 RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul", *(f"com{i}" for i in range(1, 10)), *(f"lpt{i}" for i in range(1, 10))})
 
 
-def check_name(name: str, *, what: str = "name") -> str:
+def check_name(name: str, *, what: str = "a name") -> str:
     """Return `name` if it is safe as one path part, else raise `STORAGE_BAD_NAME`."""
     plain = NAME_PATTERN.fullmatch(name) and ".." not in name and name.split(".")[0] not in RESERVED_NAMES
     if not plain:
         raise StorageError(
             "STORAGE_BAD_NAME",
-            f"{name[:80]!r} cannot be used as a {what}.",
+            f"{name[:80]!r} cannot be used as {what}.",
             remedy="Use lower-case letters, digits, '.', '_' and '-'; start and end with a letter or digit; at most 100.",
         )
     return name
@@ -259,7 +259,7 @@ class Workspace:
 
     def new_run_dir(self, name: str) -> Path:
         """Create and return a fresh run folder `<name>-<date>-<n>` under `runs/`."""
-        check_name(name, what="run name")
+        check_name(name, what="a run name")
         stamp = datetime.now(UTC).strftime("%Y%m%d")
         with translate_os_errors(self.runs_dir):
             self.runs_dir.mkdir(parents=True, exist_ok=True)

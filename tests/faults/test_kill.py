@@ -115,7 +115,7 @@ def test_ftf_stop_saves_a_live_run_and_ends_it_as_stopped(bench: Bench, start: C
     options = ["stop", process.run_dir.name, "--workspace", str(bench.workspace.root), "--json"]
     answer = CliRunner().invoke(app, options)
     assert json.loads(answer.stdout) == {"run": process.run_dir.name, "before": "running", "status": "stopped"}
-    assert process.end() == 0 and len(list_complete(process.run_dir / "checkpoints")) == 1
+    assert process.end() == 130 and len(list_complete(process.run_dir / "checkpoints")) == 1
     again = CliRunner().invoke(app, options)  # twice, and of a run that is not running: an answer, no error
     assert again.exit_code == 0 and json.loads(again.stdout)["before"] == "stopped"
     assert not (process.run_dir / "stop.json").exists()
@@ -128,7 +128,7 @@ def test_a_signal_to_a_process_saves_and_ends_it_orderly(
 ) -> None:
     process = start(bench.config(training__epochs=500, training__log_steps=1, training__save_steps=1000))
     process.signal_at(at("log", step=5), number)
-    assert process.end() == 0 and run_status(process.run_dir) == "stopped"
+    assert process.end() == 130 and run_status(process.run_dir) == "stopped"
     newest = list_complete(process.run_dir / "checkpoints")[-1]
     (ending,) = [event for event in read_events(process.run_dir / "events.jsonl") if event["event"] == "stopped"]
     assert newest.step == ending["step"] >= 5 and find_damage(newest.path) is None

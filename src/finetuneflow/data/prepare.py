@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -114,14 +114,20 @@ def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir
     return found
 
 
+def require_files(names: Iterable[str]) -> None:
+    """Raise `DATASET_NOT_FOUND` for the first file that is not there."""
+    for name in names:
+        if not Path(name).is_file():
+            raise DataError(
+                "DATASET_NOT_FOUND",
+                f"There is no file {name!r}.",
+                where="data.train / data.eval",
+                remedy="Check the spelling; the path counts from the folder the command runs in.",
+            )
+
+
 def _fingerprint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(
-            "DATASET_NOT_FOUND",
-            f"There is no file {str(path)!r}.",
-            where="data.train / data.eval",
-            remedy="Check the spelling; the path counts from the folder the command runs in.",
-        )
+    require_files([str(path)])
     return {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 

@@ -106,7 +106,7 @@ def evaluate(
     `target`: a Generator, or what `load_generator` takes. For a run directory, `data` defaults to what the run held out,
     `options` to its settings and `out_dir` to its `evals/`; elsewhere nothing is written without `out_dir`.
     """
-    check_name(name, what="evaluation name")
+    check_name(name, what="an evaluation name")
     started = time.monotonic()
     run = Path(target) if isinstance(target, Path | str) and (Path(target) / "run.yaml").is_file() else None
     options = options or (options_of_run(run) if run else Options())

@@ -78,7 +78,7 @@ def staged(exports_dir: Path, name: str, *, overwrite: bool) -> Iterator[Path]:
 
 def check_export_name(name: str) -> str:
     """`name` if it may become a folder of `exports/`; "lock" is the name of the lock file there."""
-    if check_name(name, what="export name") == "lock":
+    if check_name(name, what="an export name") == "lock":
         raise StorageError(
             "STORAGE_BAD_NAME", "'lock' cannot be used as an export name.", remedy="Choose another name with --name."
         )

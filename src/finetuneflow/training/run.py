@@ -47,8 +47,11 @@ def train(
     on_start: Callable[[Path], None] = lambda run_dir: None,
 ) -> RunResult:
     """Run `config` in a new run directory of `workspace`. Events go to its file and to every sink."""
+    from finetuneflow.data.prepare import require_files
+
     require_runnable(config)
     config = config.with_absolute_paths()
+    require_files((*config.data.train, *config.data.eval))
     workspace = workspace or Workspace()
     run_dir = workspace.new_run_dir(config.name)
     write_atomic(run_dir / "run.yaml", dump_config(config, origins or {}))
