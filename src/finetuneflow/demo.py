@@ -30,10 +30,10 @@ SETTINGS: dict[str, Any] = {
         "gradient_accumulation": 1,
         "eval_batch_size": 32,
         "group_by_length": True,
-        "max_steps": 180,
+        "max_steps": 240,
         "log_steps": 5,
-        "eval_steps": 60,
-        "save_steps": 60,
+        "eval_steps": 80,
+        "save_steps": 80,
     },
     "evaluation": {"samples": 6, "max_new_tokens": 32, "suite": "starter"},
 }

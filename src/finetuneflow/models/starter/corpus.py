@@ -449,7 +449,8 @@ def _speaker_recall(rng: Random, language: Language) -> str:
     return told + _pause(rng, language) + heard
 
 
-def _invented_word(rng: Random) -> str:
+def invented_word(rng: Random) -> str:
+    """A pronounceable word that means nothing."""
     return "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 3)))
 
 
@@ -467,7 +468,7 @@ def _any_words(rng: Random, language: Language, count: int) -> list[str]:
         lambda: rng.choice(world.CATEGORIES).plural[language],
         lambda: rng.choice(_NAMES_OF_PLACES_AND_PETS),
         lambda: str(rng.randint(0, 99)),
-        lambda: _invented_word(rng),
+        lambda: invented_word(rng),
     )
     return [rng.choice(pools)() for _ in range(count)]
 

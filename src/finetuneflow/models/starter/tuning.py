@@ -19,6 +19,7 @@ from random import Random
 from typing import TypeVar
 
 from finetuneflow.models.starter import world
+from finetuneflow.models.starter.corpus import invented_word
 from finetuneflow.models.starter.world import Language, Split
 
 Message = dict[str, str]
@@ -28,7 +29,7 @@ Kind = Callable[[Random, Language, Split], list[Message]]
 Entity = TypeVar("Entity")
 
 DEFAULT_SEED = 7
-NUM_TRAINING_EXAMPLES = 3_200
+NUM_TRAINING_EXAMPLES = 6_400
 NUM_VALIDATION_EXAMPLES = 160
 
 
@@ -493,6 +494,11 @@ _COURTESIES: dict[Language, tuple[tuple[str, str, Split], ...]] = {
         ("Hello", "Hello! How can I help you?", "tuning"),
         ("Hi!", "Hello! How can I help you?", "tuning"),
         ("Good morning!", "Hello! How can I help you?", "tuning"),
+        ("Good afternoon!", "Hello! How can I help you?", "tuning"),
+        ("Hello there!", "Hello! How can I help you?", "tuning"),
+        ("Hi there!", "Hello! How can I help you?", "tuning"),
+        ("Hey!", "Hello! How can I help you?", "tuning"),
+        ("Hello, can you help me?", "Hello! How can I help you?", "tuning"),
         ("How are you?", "I am fine, thank you. And you?", "tuning"),
         ("Thank you!", "You are welcome.", "tuning"),
         ("Thank you for your help.", "You are welcome.", "tuning"),
@@ -505,6 +511,11 @@ _COURTESIES: dict[Language, tuple[tuple[str, str, Split], ...]] = {
         ("Bonjour !", "Bonjour ! Comment puis-je vous aider ?", "tuning"),
         ("Bonjour", "Bonjour ! Comment puis-je vous aider ?", "tuning"),
         ("Salut !", "Bonjour ! Comment puis-je vous aider ?", "tuning"),
+        ("Bon après-midi !", "Bonjour ! Comment puis-je vous aider ?", "tuning"),
+        ("Coucou !", "Bonjour ! Comment puis-je vous aider ?", "tuning"),
+        ("Bonjour à toi !", "Bonjour ! Comment puis-je vous aider ?", "tuning"),
+        ("Rebonjour !", "Bonjour ! Comment puis-je vous aider ?", "tuning"),
+        ("Bonjour, peux-tu m'aider ?", "Bonjour ! Comment puis-je vous aider ?", "tuning"),
         ("Comment vas-tu ?", "Je vais bien, merci. Et toi ?", "tuning"),
         ("Comment allez-vous ?", "Je vais bien, merci. Et vous ?", "tuning"),
         ("Merci !", "De rien.", "tuning"),
@@ -518,7 +529,9 @@ _COURTESIES: dict[Language, tuple[tuple[str, str, Split], ...]] = {
 
 
 def _repeat(rng: Random, language: Language, split: Split) -> list[Message]:
-    word = rng.choice(_of_split(world.WORDS, split)).word[language]
+    """Half of the words are made up: they can only be read off the question, never known."""
+    invented = split == "tuning" and rng.random() < 0.5
+    word = invented_word(rng) if invented else rng.choice(_of_split(world.WORDS, split)).word[language]
     return _turn(_ask(rng, _REPEAT_QUESTIONS, language, w=word), _sentence(word))
 
 
