@@ -661,3 +661,9 @@ def test_a_flat_tree_without_end_is_held_in_bounded_memory() -> None:
     items = list(to_examples(rows()))
     assert sum(isinstance(item, Example) for item in items) == 1
     assert sum(isinstance(item, Problem) and item.code == "ROW_BAD_TREE" for item in items) == 20_000
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_half_a_preference_pair_is_told_what_it_lacks(side: str) -> None:
+    (problem,) = to_examples([Row(Place("f", 0), {side: "x"})])
+    assert isinstance(problem, Problem) and "has both `chosen` and `rejected`" in problem.hint

@@ -734,7 +734,9 @@ def refuse_unknown(cells: Cells) -> list[Example]:
 def _nearest_columns(names: list[str], values: dict[str, Any]) -> str:
     known = ("instruction", *QUESTION_KEYS, "prompt", *ANSWER_KEYS, *TEXT_KEYS, *MESSAGE_KEYS, "chosen", "rejected")
     guesses = [(name, difflib.get_close_matches(name[:60], known, n=1, cutoff=0.75)) for name in names[:20]]
-    meant = [f"column `{visible(name, 40)}`: did you mean `{close[0]}`?" for name, close in guesses if close]
+    if lonely := {"chosen", "rejected"} & set(names):
+        return f"A preference pair has both `chosen` and `rejected`; there is only `{lonely.pop()}`."
+    meant = [f"column `{visible(name, 40)}`: did you mean `{close[0]}`?" for name, close in guesses if close and close[0] != name]
     if meant:
         return f"{'; '.join(meant[:3])} Rename it, or name the columns with a mapping."
     inside = next(
