@@ -231,7 +231,9 @@ def compare(
     if not asked:
         why = f" The first was refused: {left_out[0].found}" if left_out else ""
         raise EvaluationError(
-            "EVALUATION_NO_DATA", f"No example has an assistant's answer to compare with.{why}", remedy="Give chat examples."
+            "EVALUATION_NO_DATA",
+            f"No example has an assistant's answer to compare with.{why}",
+            remedy=left_out[0].hint if left_out else "Give chat examples.",
         )
     answers_a, answers_b = (
         _answers(g, asked, max_new_tokens, batch_size, path, progress) for g, path in zip((a, b), paths, strict=True)
