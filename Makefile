@@ -1,4 +1,6 @@
 # The project's verbs. `make demo` and `make test` work on a fresh machine with Python 3.11 to 3.13.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec  # a failing check must not hide behind a pipe
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
