@@ -6,12 +6,13 @@ is to teach *reading*: topic documents name something and state a fact about it 
 documents repeat what was said earlier. Without them a small model stores facts but answers about
 the wrong entity.
 
-There are three stages. "reading" opens with recall documents alone, because looking back has to be
+There are four stages. "reading" opens with recall documents alone, because looking back has to be
 learned first and is learned sooner when nothing else is; "facts" gives most room to plain facts;
-"recollection" to facts which are stated some way after the thing they are about.
+"recollection" and "rehearsal" to cards, a key and the bare value behind it, and "rehearsal" again to
+copying.
 
-Nothing here is in chat format and no document puts a question next to a known fact: how to answer
-is left to instruction tuning.
+Nothing here is in chat format and no document puts a question next to a known fact: how to answer,
+and when to stop, is left to instruction tuning.
 """
 
 from __future__ import annotations
