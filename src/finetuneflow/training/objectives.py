@@ -457,6 +457,8 @@ def _empty_device_cache() -> None:
 
 def save_result(config: RunConfig, outcome: Outcome, materials: Materials, run_dir: Path) -> None:
     """`adapter/` in PEFT's format, or `model/` with its tokenizer after full fine-tuning; whole or not at all."""
+    from finetuneflow.models.adapters import save_adapter
+
     target = run_dir / ("adapter" if config.method.is_adapter else "model")
     temporary = run_dir / f".{target.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -464,7 +466,7 @@ def save_result(config: RunConfig, outcome: Outcome, materials: Materials, run_d
         if config.method.is_adapter:
             for adapter in outcome.model.peft_config.values():
                 adapter.base_model_name_or_path = config.model.base  # not the folder of this machine's cache
-            outcome.model.save_pretrained(temporary)
+            save_adapter(outcome.model, temporary)
             (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the export writes a real one
         else:
             outcome.model.config.use_cache = True
