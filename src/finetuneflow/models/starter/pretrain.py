@@ -4,7 +4,7 @@ Writes a complete model folder: a byte-level BPE tokenizer learned from the gene
 chat template, and a small Llama-shaped language model. The chat tokens are reserved but never
 seen here, so the result is a base model: it continues text and does not answer.
 
-Training has three rounds, one for each stage of the corpus. `--minutes` is a ceiling: as long as it
+Training has four rounds, one for each stage of the corpus. `--minutes` is a ceiling: as long as it
 is not reached a run depends on the seed alone, up to the order of floating-point sums; when it is,
 the learning rate goes to zero with the clock.
 """
