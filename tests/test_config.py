@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from finetuneflow.config import FORMER_NAMES, RunConfig, build_config, dump_config, load_config, require_runnable, settings
+from finetuneflow.config import (
+    FORMER_NAMES,
+    RunConfig,
+    build_config,
+    dump_config,
+    load_config,
+    parse_yaml,
+    require_runnable,
+    settings,
+)
 from finetuneflow.errors import ConfigError
 
 
@@ -109,3 +118,16 @@ def test_a_run_without_data_is_refused_with_the_way_out() -> None:
 def test_every_setting_is_explained() -> None:
     for key, _, _, explanation in settings():
         assert len(explanation) > 15, key
+
+
+@pytest.mark.parametrize("text", ["x: 2001-99-99", f"x: {'1' * 5000}", "x: !!int ''"])
+def test_a_value_that_yaml_cannot_build_is_an_error_of_ours(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(text, where="r.yaml")
+    assert caught.value.code == "CONFIG_UNREADABLE" and "quotes" in (caught.value.remedy or "")
+
+
+def test_the_reason_of_a_value_stands_in_its_remark_and_cannot_end_the_comment() -> None:
+    text = dump_config(RunConfig(), {"training.learning_rate": "recommended"}, {"training.learning_rate": "as\nname: injected"})
+    assert "learning_rate: 0.0002  # recommended: as name: injected\n" in text
+    assert build_config(parse_yaml(text, where="x"))[0] == RunConfig()

@@ -262,6 +262,9 @@ def parse_yaml(text: str, *, where: str) -> Any:
         raise ConfigError("CONFIG_UNREADABLE", f"Not valid YAML: {problem}.", where=place, remedy="Mend that line.") from error
     except RecursionError as error:
         raise ConfigError("CONFIG_UNREADABLE", "The file is nested too deeply.", where=where) from error
+    except (ValueError, AttributeError, IndexError) as error:  # impossible dates, endless numbers, empty tags
+        problem = f"A value cannot be read: {str(error)[:120]}."
+        raise ConfigError("CONFIG_UNREADABLE", problem, where=where, remedy="Put that value in quotes.") from error
 
 
 def load_config(path: Path | str, overrides: list[str] | None = None) -> tuple[RunConfig, dict[str, Origin]]:
@@ -309,17 +312,16 @@ def require_runnable(config: RunConfig, *, where: str = "run file") -> None:
         raise ConfigError("CONFIG_CONFLICT", " ".join(problems), where=where, remedy="Change the settings named above.")
 
 
-def dump_config(config: RunConfig, origins: Mapping[str, Origin]) -> str:
-    """The complete run file as YAML, with a comment saying where each value came from. Reads back equal."""
+def dump_config(config: RunConfig, origins: Mapping[str, Origin], reasons: Mapping[str, str] | None = None) -> str:
+    """The complete run file as YAML, with a comment saying where each value came from, and why. Reads back equal."""
+    reasons = reasons or {}
     lines = ["# Written by FineTuneFlow. Every setting of the run; the remark says where its value came from."]
     for name, value in config.model_dump(mode="json").items():
         if not isinstance(value, dict):
-            lines.append(_yaml_line(name, value, 0, origins.get(name, "default")))
+            lines.append(_yaml_line(name, value, 0, _remark(name, origins, reasons)))
             continue
         lines.append(f"{name}:")
-        for key, inner in value.items():
-            origin = origins.get(f"{name}.{key}") or _inner_origin(origins, f"{name}.{key}.")
-            lines.append(_yaml_line(key, inner, 2, origin))
+        lines += [_yaml_line(key, inner, 2, _remark(f"{name}.{key}", origins, reasons)) for key, inner in value.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -335,12 +337,18 @@ def settings() -> Iterator[tuple[str, type[Any], Any, str]]:
             yield name, field.annotation, value, field.description or ""  # type: ignore[misc]
 
 
-def _yaml_line(key: str, value: Any, indent: int, origin: str) -> str:
+def _remark(key: str, origins: Mapping[str, Origin], reasons: Mapping[str, str]) -> str:
+    origin = origins.get(key) or _inner_origin(origins, f"{key}.")
+    reason = " ".join(reasons.get(key, "").split())  # a line break would end the comment
+    return f"{origin}: {reason}" if reason else origin
+
+
+def _yaml_line(key: str, value: Any, indent: int, remark: str) -> str:
     # default_flow_style keeps lists and mappings on one line; "..." ends a bare scalar document
     text = (
         yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("\n").removesuffix("\n...")
     )
-    return f"{' ' * indent}{key}: {text}  # {origin}"
+    return f"{' ' * indent}{key}: {text}  # {remark}"
 
 
 def _inner_origin(origins: Mapping[str, Origin], prefix: str) -> Origin:

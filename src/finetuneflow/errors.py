@@ -27,6 +27,7 @@ CODES: dict[str, str] = {
     "CONFIG_INVALID_VALUE": "A setting has a value of the wrong type or outside its range.",
     "CONFIG_UNREADABLE": "The run file is missing, not valid YAML, or too large.",
     "CONFIG_CONFLICT": "Two settings contradict each other.",
+    "RECIPE_NOT_AVAILABLE": "A recipe's objective is not built yet.",
     # command line
     "CLI_USAGE": "The command line has an unknown option or verb, a missing argument or a value out of range.",
     "UNEXPECTED": "A mistake of FineTuneFlow itself; the trace on standard error belongs into a report.",
