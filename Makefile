@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 to 3.13 is needed; say which: make setup PYTHON=python3.12"; exit 1; }
 	@echo "setup: creating $(VENV) and installing packages (about a minute, 1.7 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "setup: installing python3-venv"; apt-get install -y -q python3-venv && $(PYTHON) -m venv $(VENV); }
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,energy,dev]'
 	@touch $(READY)
 	@echo "setup: done"
 

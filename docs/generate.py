@@ -1,4 +1,4 @@
-"""Write the generated pages: settings.md, errors.md and cli.md, each from its one home in the code.
+"""Write the generated pages, and the generated tables of others, each from its one home in the code.
 
 `make docs` runs this; a test fails when a page is not what this script would write.
 """
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -60,9 +62,57 @@ def _commands(command, path):  # type: ignore[no-untyped-def]
             yield (*path, name), inner
 
 
-PAGES = {"settings.md": settings_page, "errors.md": errors_page, "cli.md": cli_page}
+def rule_pages() -> dict[str, Callable[[], str]]:
+    """A page per rule of the linter, and their index."""
+    from finetuneflow.knowledge.lint import rule_pages as pages
+
+    return {f"rules/{name}": partial(str, text) for name, text in pages().items()}
+
+
+def planning_page() -> str:
+    from finetuneflow.knowledge.decision_matrix import disagreements_markdown, matrix_markdown
+
+    text = _refilled("planning.md", "<!-- matrix -->", "<!-- /matrix -->", matrix_markdown())
+    return _between(text, "<!-- disagreements -->", "<!-- /disagreements -->", disagreements_markdown())
+
+
+def recipes_page() -> str:
+    from finetuneflow.knowledge.recipes import recipe_tables
+
+    return _refilled("recipes.md", "<!-- tables -->", "<!-- end of tables -->", recipe_tables())
+
+
+def time_page() -> str:
+    from finetuneflow.knowledge.documented import documented_table
+
+    return _refilled("time-and-cost.md", "<!-- documented times -->", "<!-- end -->", documented_table())
+
+
+def _refilled(name: str, start: str, end: str, content: str) -> str:
+    """A page written by hand, with what stands between two marks made anew."""
+    return _between((DOCS / name).read_text(encoding="utf-8"), start, end, content)
+
+
+def _between(text: str, start: str, end: str, content: str) -> str:
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    return f"{before}{start}\n{content.strip()}\n{end}{after}"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "settings.md": settings_page,
+    "errors.md": errors_page,
+    "cli.md": cli_page,
+    "planning.md": planning_page,
+    "recipes.md": recipes_page,
+    "time-and-cost.md": time_page,
+    **rule_pages(),
+}
 
 if __name__ == "__main__":
+    (DOCS / "rules").mkdir(exist_ok=True)
+    for stale in {path.name for path in (DOCS / "rules").glob("*.md")} - {name.removeprefix("rules/") for name in PAGES}:
+        (DOCS / "rules" / stale).unlink()
     for name, page in PAGES.items():
         (DOCS / name).write_text(page(), encoding="utf-8")
-        print(f"docs/{name}")
+    print(f"{len(PAGES)} pages in docs/")

@@ -114,7 +114,6 @@ def shows_as_text(answer: Answer) -> bool:
     "arguments",
     [
         ("wat",),
-        ("train",),
         ("train", "run.yaml", "--wat"),
         ("data", "check", "d.jsonl", "--max-length", "1"),
         ("data", "check", "d.jsonl", "--supervise", "everything"),

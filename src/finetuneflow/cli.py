@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from finetuneflow.errors import CODES, ConfigError, DataError, FineTuneFlowError, StorageError, missing_extra
+from finetuneflow.cli_options import Json, Quiet, Run, Set, WorkspaceDir
+from finetuneflow.cli_plan import RecipeOption, diff, explain, lint, plan, read_settings, recipes_app, score
+from finetuneflow.errors import ConfigError, DataError, FineTuneFlowError, StorageError, missing_extra
 from finetuneflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at, check and convert datasets.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+app.add_typer(recipes_app, name="recipes")
+for verb in (plan, lint, score, diff, explain):
+    app.command()(verb)
 
 # What `finetuneflow[train]` brings; without it the light verbs still work.
 TRAIN_PACKAGES = frozenset(
@@ -52,17 +57,6 @@ TRAIN_PACKAGES = frozenset(
 )
 
 RUN_FIGURES_WIDTH = 62  # of the columns of `ftf runs` between a run's name and its base, gaps included
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-WorkspaceDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--workspace", help="Data directory. [default: $FTF_HOME or ./ftf-workspace]", show_default=False, file_okay=False
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only errors.")]
-Run = Annotated[str, typer.Argument(help="A run's name, a unique beginning of it, its folder, or `latest`.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value. Repeatable.")]
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -249,18 +243,25 @@ def _measure_with(model: str, template: str, supervise: Supervised, max_length: 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="The run file (YAML). `ftf config` prints one to start from.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="The run file (YAML); `ftf config` prints one to start from.", show_default=False)
+    ] = None,
+    recipe: RecipeOption = None,
     set_: Set = None,
     workspace: WorkspaceDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the run file and the data, then stop.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a model as a run file says."""
-    from finetuneflow.config import load_config, require_runnable
+    """Train a model as a run file, a recipe, or both say."""
+    from finetuneflow.config import require_runnable
 
-    settings, origins = load_config(config, set_)
-    require_runnable(settings, where=str(config))
+    if config is None and recipe is None:
+        raise ConfigError(
+            "CLI_USAGE", "There is nothing to train: name a run file or a recipe.", remedy="See `ftf recipes` and `ftf config`."
+        )
+    settings, origins = read_settings(config, recipe, set_)
+    require_runnable(settings, where=str(config or recipe))
     if dry_run:
         _dry_run(settings, Workspace(workspace), as_json=as_json)
         return
@@ -728,25 +729,6 @@ def config(as_json: Json = False) -> None:
             sys.stdout.write(f"{group}:\n")
         indent = "  " if group else ""
         sys.stdout.write(f"{indent}# {text}\n{indent}{name}: {json.dumps(default)}\n")
-
-
-@app.command()
-def explain(code: Annotated[str, typer.Argument(help="An error code, such as OUT_OF_MEMORY.")], as_json: Json = False) -> None:
-    """Say what an error code means."""
-    import difflib
-
-    from finetuneflow.terminal import print_json, say
-
-    wanted = code.strip().upper()
-    if wanted not in CODES:
-        near = ", ".join(difflib.get_close_matches(wanted, CODES, n=3, cutoff=0.4))
-        raise ConfigError(
-            "CONFIG_INVALID_VALUE", f"There is no error code {wanted[:60]!r}.", remedy=f"Near it: {near}." if near else None
-        )
-    if as_json:
-        print_json({"code": wanted, "meaning": CODES[wanted]})
-    else:
-        say(f"{wanted}: {CODES[wanted]}")
 
 
 # --- shared ---------------------------------------------------------------------------------------

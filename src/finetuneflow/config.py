@@ -149,6 +149,14 @@ class Training(Section):
     oom: Literal["stop", "retry"] = Field(
         "stop", description="Out of memory: stop and explain, or retry with half the micro-batch at the same effective batch."
     )
+    memory_check: Literal["refuse", "warn"] = Field(
+        "refuse", description="A run that is predicted to need clearly more memory than there is: refuse it, or warn and start."
+    )
+    country: str | None = Field(
+        None,
+        pattern=r"^[A-Z]{3}$",
+        description="Country of the machine (ISO code such as FRA) for CO2; null: the world's average.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; null: measured at start.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the split, the order, dropout and initial adapter weights.")
     report_to: list[Literal["wandb", "trackio", "mlflow", "tensorboard"]] = Field(
@@ -269,6 +277,11 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 def load_config(path: Path | str, overrides: list[str] | None = None) -> tuple[RunConfig, dict[str, Origin]]:
     """Read a run file and `key=value` overrides. Returns the configuration and where each set value came from."""
+    return build_config(load_values(path), overrides, where=str(path))
+
+
+def load_values(path: Path | str) -> dict[str, Any]:
+    """What a run file says, as nested settings not yet validated."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -288,7 +301,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> tuple[R
         raise ConfigError(
             "CONFIG_UNREADABLE", "A run file is a mapping of settings.", where=str(path), remedy="See `ftf config`."
         )
-    return build_config(values, overrides, where=str(path))
+    return values
 
 
 def build_config(
@@ -446,3 +459,51 @@ FORMER_NAMES = {
     "dataset": "data.train",
     "use_rslora": "method.rslora",
 }
+
+
+# --- changing a run file --------------------------------------------------------------------------
+
+
+def edit_text(text: str, changes: Mapping[str, Any]) -> str:
+    """The text of a run file with some settings (dotted key -> value) changed; everything else, comments too, stays.
+
+    Where the file's form does not allow that (settings on one line in braces), the whole is written anew without comments.
+    """
+    wanted = parse_yaml(text, where="run file") or {}
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        inner = wanted
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    lines = text.splitlines()
+    for key, value in changes.items():
+        _edit_line(lines, key, yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n..."))
+    edited = "\n".join(lines) + "\n"
+    try:
+        if parse_yaml(edited, where="run file") == wanted:
+            return edited
+    except ConfigError:
+        pass
+    return yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True)
+
+
+def _edit_line(lines: list[str], key: str, value: str) -> None:
+    """Change or add `section.name: value` in block style; what comes of other styles is caught by reading it back."""
+    section, _, name = key.rpartition(".")
+    if not section:
+        start, end, indent = 0, len(lines), ""
+    else:
+        heads = [index for index, line in enumerate(lines) if re.match(rf"{re.escape(section)}\s*:\s*(#.*)?$", line)]
+        if not heads:
+            lines += [f"{section}:", f"  {name}: {value}"]
+            return
+        start = heads[0] + 1
+        end = next((i for i in range(start, len(lines)) if lines[i].strip() and not lines[i].startswith((" ", "#"))), len(lines))
+        first = next((line for line in lines[start:end] if line.strip() and not line.lstrip().startswith("#")), "  x")
+        indent = first[: len(first) - len(first.lstrip())]
+    for index in range(start, end):
+        if found := re.match(rf"({re.escape(indent)}{re.escape(name)}\s*:\s*)([^#]*?)(\s+#.*)?$", lines[index]):
+            lines[index] = f"{found.group(1)}{value}{found.group(3) or ''}"
+            return
+    lines.insert(start, f"{indent}{name}: {value}")

@@ -99,6 +99,7 @@ CODES: dict[str, str] = {
     "ROW_NOT_AN_EXAMPLE": "A row is recognised as something that is not training data.",
     # hardware
     "GPU_NOT_AVAILABLE": "A GPU was asked for and none can be used.",
+    "MEMORY_WONT_FIT": "The run is predicted to need clearly more memory than the device has.",
     "OUT_OF_MEMORY": "The device or the machine ran out of memory.",
     # models and adapters
     "MODEL_NOT_FOUND": "No folder and no hub model of that name exists, or it is not a model.",

@@ -7,6 +7,8 @@ programs: no secret and no example text is ever in one, except in `sample`, whic
 
     started     attempt, run, pid                   one per attempt
     phase       name                                checking, loading, tokenizing, training, evaluating, saving
+    plan        memory_bytes, capacity_bytes, …     what the run is expected to take
+    finding     code, level, field, found, why, fix
     decision    setting, value, reason              a choice or substitution made for the user
     warning     code, message, advice
     log         step, total_steps, loss, …          every `log_steps`
@@ -34,7 +36,21 @@ Emit = Callable[..., Event]
 Sink = Callable[[Event], None]
 
 EVENT_NAMES = frozenset(
-    {"started", "phase", "decision", "warning", "log", "eval", "sample", "checkpoint", "complete", "stopped", "failed"}
+    {
+        "started",
+        "phase",
+        "plan",
+        "finding",
+        "decision",
+        "warning",
+        "log",
+        "eval",
+        "sample",
+        "checkpoint",
+        "complete",
+        "stopped",
+        "failed",
+    }
 )
 
 

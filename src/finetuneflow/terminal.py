@@ -231,6 +231,25 @@ class RunView:
         elif "step" not in event:
             self._print(Text(name, style="bold"))
 
+    def _on_plan(self, event: Event) -> None:
+        parts = []
+        if event["memory_bytes"] and event["capacity_bytes"]:
+            parts.append(
+                f"{human_bytes(event['memory_bytes'])} of {human_bytes(event['capacity_bytes'])} memory ({event['verdict']})"
+            )
+        if event["seconds"]:
+            parts.append(f"about {human_time(event['seconds'])} for {event['steps']:,} steps")
+        if event["price_usd"]:
+            parts.append(f"about {event['price_usd']:,.2f} $")
+        self._print_item(Text("· ", "dim"), Text.assemble(("predicted  ", "cyan"), (", ".join(parts) or "nothing", "dim")))
+
+    def _on_finding(self, event: Event) -> None:
+        if event["level"] != "advice":  # advice is for the report and `ftf lint`
+            mark = Text("! ", "bold yellow") if event["level"] == "warning" else Text("✗ ", "bold red")
+            self._print_item(
+                mark, Text.assemble((f"{event['found']}  ", "yellow"), (event["why"], "dim"), (f"  {event['code']}", "dim"))
+            )
+
     def _on_decision(self, event: Event) -> None:
         key = (event["setting"], event["reason"])
         if key not in self._seen_decisions:

@@ -43,6 +43,7 @@ class RunRecord:
     log_lines: list[dict[str, Any]] = field(default_factory=list)
     eval_lines: list[dict[str, Any]] = field(default_factory=list)
     samples: tuple[Sample, ...] = ()
+    plan: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -106,6 +107,7 @@ def read_run(run_dir: Path) -> RunRecord:
         log_lines=metric_lines(run_dir / "events.jsonl", "log"),
         eval_lines=metric_lines(run_dir / "events.jsonl", "eval"),
         samples=tuple(_samples_in(metrics) or _evaluated_samples(run_dir / "evals")),
+        plan=_read_object(run_dir / "plan.json"),
     )
 
 

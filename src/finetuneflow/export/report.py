@@ -6,7 +6,8 @@ from pathlib import Path
 
 from finetuneflow.export.record import OBJECTIVE_NAMES, RunRecord, Sample, read_run
 from finetuneflow.export.redact import Redactor
-from finetuneflow.export.text import cell, duration, figure, inline, rate
+from finetuneflow.export.text import cell, duration, figure, inline, rate, size
+from finetuneflow.knowledge.outcome import compare
 from finetuneflow.workspace import write_atomic
 
 
@@ -25,6 +26,7 @@ def report_text(record: RunRecord, redactor: Redactor) -> str:
         _dataset(record),
         _configuration(record),
         _results(record),
+        _plan(record),
         ["## Sample Outputs", *_sample_table(record.samples)],
     ]
     return redactor.text("\n\n".join("\n".join(lines) for lines in sections) + "\n")
@@ -90,6 +92,56 @@ def _results(record: RunRecord) -> list[str]:
     if record.best_step is not None and record.config.training.load_best:
         lines.append(f"- Weights: those of step {record.best_step:,}, the lowest eval loss")
     return lines
+
+
+def _plan(record: RunRecord) -> list[str]:
+    """What was predicted before the run beside what it took, and what was found in its settings."""
+    if not record.plan:
+        return ["## Plan and Outcome", "No prediction was made for this run."]
+    outcome = compare(record.plan, record.metrics)
+    lines = [
+        "## Plan and Outcome",
+        "| | predicted | measured | error |",
+        "|---|---|---|---|",
+        f"| Peak memory | {_size(outcome.predicted_bytes)} | {_size(outcome.measured_bytes)} | {_error(outcome.memory_error)} |",
+        f"| Training time | {duration(outcome.predicted_seconds)} | {duration(outcome.measured_seconds)} | {_error(outcome.time_error)} |",
+        *_energy_rows(record),
+    ]
+    findings = [finding for finding in record.plan.get("findings") or [] if isinstance(finding, dict)]
+    if not findings:
+        return [*lines, "", "Nothing was found in its settings."]
+    said = [
+        f"- {finding.get('level')} {inline(str(finding.get('code')))}: {inline(str(finding.get('found')))}. {inline(str(finding.get('why')))}"
+        for finding in findings
+    ]
+    return [*lines, "", "Found in its settings:", "", *said]
+
+
+def _energy_rows(record: RunRecord) -> list[str]:
+    """Energy and CO2, as far as they were predicted or measured."""
+    cost = record.plan.get("cost")
+    predicted = cost if isinstance(cost, dict) else {}
+    measured = record.metrics.get("energy") or {}
+    rows = []
+    for label, key, unit in (("Energy", "energy_kwh", "kWh"), ("CO2", "co2_kg", "kg")):
+        cells = [_amount(predicted.get(key), unit), _amount(measured.get(key), unit)]
+        if any(cell != "not measured" for cell in cells):
+            rows.append(f"| {label} | {cells[0].replace('not measured', 'not predicted')} | {cells[1]} | |")
+    if source := measured.get("source"):
+        rows.append(f"| Measured by | | {inline(str(source))} | |")
+    return rows
+
+
+def _amount(value: object, unit: str) -> str:
+    return f"{value:.3g} {unit}" if isinstance(value, int | float) and not isinstance(value, bool) else "not measured"
+
+
+def _size(num_bytes: int | None) -> str:
+    return "not known" if num_bytes is None else size(num_bytes)
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f"{100 * error:+.0f} %"
 
 
 def _sample_table(samples: tuple[Sample, ...]) -> list[str]:

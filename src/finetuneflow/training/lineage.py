@@ -18,7 +18,17 @@ from finetuneflow.training.setup import Setup
 from finetuneflow.workspace import source_digest
 
 # Settings that may change between attempts: they shape neither the weights nor the log lines.
-FREE_SETTINGS = frozenset({"name", "training.report_to", "training.keep_checkpoints", "training.oom", "evaluation"})
+FREE_SETTINGS = frozenset(
+    {
+        "name",
+        "training.report_to",
+        "training.keep_checkpoints",
+        "training.oom",
+        "training.memory_check",
+        "training.country",
+        "evaluation",
+    }
+)
 RESULT_SHAPING_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "bitsandbytes", "datasets")
 # Rooms whose code shapes weights or loss lines.
 RESULT_SHAPING_CODE = ("data", "kernels", "models", "training")
@@ -59,7 +69,14 @@ def fingerprint(
         "base model": base,
         "code": source_digest(*RESULT_SHAPING_CODE),
         "packages": {**versions(), "python": ".".join(map(str, sys.version_info[:2]))},
-        "device": {"device": setup.device, "compute": setup.compute_dtype},
+        "device": {
+            "device": setup.device,
+            "compute": setup.compute_dtype,
+            "storage": setup.storage_dtype,
+            "optimizer": setup.optimizer,
+            "checkpointing": setup.gradient_checkpointing,
+            "learning rate": setup.learning_rate,
+        },
     }
 
 

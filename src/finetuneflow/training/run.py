@@ -16,7 +16,7 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def train(
     run_dir = workspace.new_run_dir(config.name)
     write_atomic(run_dir / "run.yaml", dump_config(config, origins or {}))
     on_start(run_dir)
-    return _attempt(config, run_dir, workspace, sinks, resuming=False, accept_changes=False)
+    return _attempt(config, run_dir, workspace, sinks, origins=origins or {}, resuming=False, accept_changes=False)
 
 
 def resume(
@@ -71,11 +71,18 @@ def resume(
         raise ResumeError("RESUME_FINISHED", f"{run_dir.name} ended already.", remedy="Start a new run to train further.")
     config, _ = load_config(run_dir / "run.yaml")
     workspace = workspace or Workspace(run_dir.parent.parent)
-    return _attempt(config, run_dir, workspace, sinks, resuming=True, accept_changes=accept_changes)
+    return _attempt(config, run_dir, workspace, sinks, origins={}, resuming=True, accept_changes=accept_changes)
 
 
 def _attempt(
-    config: RunConfig, run_dir: Path, workspace: Workspace, sinks: Sequence[Sink], *, resuming: bool, accept_changes: bool
+    config: RunConfig,
+    run_dir: Path,
+    workspace: Workspace,
+    sinks: Sequence[Sink],
+    *,
+    origins: Mapping[str, Origin],
+    resuming: bool,
+    accept_changes: bool,
 ) -> RunResult:
     """One attempt: holds the run's lock, and leaves a last event that tells how it ended."""
     with directory_lock(run_dir), EventLog(run_dir / "events.jsonl", list(sinks)) as log:
@@ -83,7 +90,9 @@ def _attempt(
         log.emit("started", attempt=attempt, run=run_dir.name, pid=os.getpid(), resuming=resuming)
         forget_stop(run_dir)  # it was meant for the attempt before
         try:
-            return execute(config, run_dir, workspace, log.emit, resuming=resuming, accept_changes=accept_changes)
+            return execute(
+                config, run_dir, workspace, log.emit, origins=origins, resuming=resuming, accept_changes=accept_changes
+            )
         except BaseException as error:
             failure = _as_failure(error)
             with contextlib.suppress(StorageError):  # a disk without room for these words must not hide them
@@ -117,10 +126,19 @@ def _as_failure(error: BaseException) -> FineTuneFlowError:
 
 
 def execute(
-    config: RunConfig, run_dir: Path, workspace: Workspace, emit: Emit, *, resuming: bool, accept_changes: bool
+    config: RunConfig,
+    run_dir: Path,
+    workspace: Workspace,
+    emit: Emit,
+    *,
+    origins: Mapping[str, Origin],
+    resuming: bool,
+    accept_changes: bool,
 ) -> RunResult:
     """The run itself."""
     from finetuneflow.training import objectives
+    from finetuneflow.training.energy import measured_energy
+    from finetuneflow.training.preflight import preflight
     from finetuneflow.training.setup import apply_setup, choose_setup
 
     # Check: what this machine can do, and every substitution said aloud.
@@ -133,6 +151,8 @@ def execute(
             emit("warning", code=decision.warning, message=decision.reason, advice=decision.advice)
     apply_setup(setup, seed=config.training.seed)
     objectives.require_suite(config)
+    if not resuming:  # a resumed run keeps its plan: what it was started with is what it is measured against
+        preflight(config, origins, setup, run_dir, workspace, emit)
 
     # Tokenize: rows -> examples -> split -> tokens in an Arrow cache; fatal audits come before any model is loaded.
     emit("phase", name="tokenizing")
@@ -158,7 +178,8 @@ def execute(
     materials.save_tokenizer(run_dir)
 
     # Train.
-    outcome = objectives.train_model(config, setup, materials, run_dir, emit, start=start)
+    with measured_energy(config.training.country) as energy:
+        outcome = objectives.train_model(config, setup, materials, run_dir, emit, start=start)
     if outcome.stopped:
         emit("stopped", step=outcome.step, reason=outcome.stopped)
         return RunResult(run_dir, "stopped", {})
@@ -167,7 +188,11 @@ def execute(
     emit("phase", name="saving")
     objectives.save_result(config, outcome, materials, run_dir)
     emit("phase", name="evaluating")
-    metrics = {**_metrics(run_dir, outcome, prepared.manifest), **objectives.measure(config, outcome, materials, run_dir, emit)}
+    metrics = {
+        **_metrics(run_dir, outcome, prepared.manifest),
+        "energy": asdict(energy),
+        **objectives.measure(config, outcome, materials, run_dir, emit),
+    }
     write_json(run_dir / "metrics.json", metrics)
     _write_report(run_dir, emit)
     emit(

@@ -1,0 +1,291 @@
+"""How much memory a run will need, part by part, before anything is loaded.
+
+    estimate            training: the highest of its phases (loading, training step, optimizer step, evaluation)
+    estimate_inference  generation: weights and the KV cache
+
+All figures are bytes. Weights, adapters, gradients and optimizer states are counted; activations are counted by the rules of
+`activations.py`; what the runtime itself takes is a constant measured once. `docs/memory.md` holds predicted against
+measured figures. Sources stand beside each rule.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finetuneflow.config import RunConfig
+from finetuneflow.knowledge import memory_phases
+from finetuneflow.knowledge.activations import TYPE_BYTES
+from finetuneflow.knowledge.memory_phases import (
+    COLLATOR_MULTIPLE,
+    CPU_PROCESS,
+    CUDA_CONTEXT,
+    CUDA_HOST,
+    Parts,
+    Strategy,
+    Workload,
+    host_bytes,
+    parts_of,
+    weight_bytes,
+)
+from finetuneflow.knowledge.resolve import Resolved, resolve
+from finetuneflow.knowledge.shape import ModelShape, kv_cache_bytes
+from finetuneflow.knowledge.values import DataFacts, Machine
+
+Verdict = Literal["fits", "tight", "no"]
+
+# Share of a device's memory that a plan may fill. On CUDA other programs and the allocator's unusable gaps take a few
+# per cent; main memory is shared with the system and its file cache.
+USABLE = {"cuda": 0.95, "cpu": 0.90}
+COMFORTABLE = 0.85  # of the usable share: above it the verdict is "tight"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Peak memory of one device, in bytes.
+
+    `breakdown` is of the phase that needs most (`phase`) and adds up to `total_bytes`; `phases` has every phase's total.
+    `usable_bytes` is the share of `capacity_bytes` that may be planned with. `verdict`: "fits" up to 85 % of that,
+    "tight" up to 100 % (or where paged optimizer states would have to leave the device), else "no".
+    `host_bytes` is main memory: the same as `total_bytes` on a CPU.
+    """
+
+    breakdown: dict[str, int]
+    total_bytes: int
+    capacity_bytes: int
+    usable_bytes: int
+    verdict: Verdict
+    phase: str
+    phases: dict[str, int]
+    host_bytes: int
+    uncertain_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict != "no"
+
+    def ratio_of(self, measured_bytes: int) -> float:
+        """By what factor the uncertain parts were wrong, from a measured peak; what `correction_from` takes.
+
+        Parts that are counted exactly are taken off both sides. Call it on an estimate made with correction 1.
+        """
+        certain = self.total_bytes - self.uncertain_bytes
+        return max(measured_bytes - certain, 0) / max(self.uncertain_bytes, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "total_bytes": self.total_bytes,
+            "capacity_bytes": self.capacity_bytes,
+            "usable_bytes": self.usable_bytes,
+            "fits": self.fits,
+            "verdict": self.verdict,
+            "phase": self.phase,
+            "phases": dict(self.phases),
+            "breakdown": dict(self.breakdown),
+            "host_bytes": self.host_bytes,
+            "uncertain_bytes": self.uncertain_bytes,
+            "notes": list(self.notes),
+        }
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+UNCERTAIN = ("activations", "logits", "temporary", "allocator_slack")
+
+
+def estimate(
+    shape: ModelShape,
+    config: RunConfig,
+    machine: Machine,
+    resolved: Resolved | None = None,
+    *,
+    data: DataFacts | None = None,
+    strategy: Strategy = "single",
+    correction: float = 1.0,
+    workload: Workload | None = None,
+) -> Estimate:
+    """Peak memory of the run that `config` describes, on each device of `machine`.
+
+    `correction` multiplies what is not counted exactly (activations, logits, temporaries, allocator slack); it comes from
+    earlier runs on the machine through `correction_from`. `workload` overrides what config and data say about batches.
+    """
+    resolved = resolved or resolve(config, machine)
+    workload = workload or workload_of(config, data)
+    device = resolved.device
+    parts = parts_of(shape, config, resolved, workload)
+    shares = machine.device_count if strategy == "fsdp" else 1
+    phases = {
+        name: {key: round(value * (correction if key in UNCERTAIN else 1.0)) for key, value in phase.items()}
+        for name, phase in memory_phases.phases(parts, shares, strategy).items()
+    }
+    name = max(phases, key=lambda phase: sum(phases[phase].values()))
+    breakdown = {key: value for key, value in phases[name].items() if value}
+    total = sum(breakdown.values())
+    capacity = machine.device.memory_bytes if device != "cpu" else machine.host_memory_bytes
+    usable = round(capacity * USABLE[device])
+    host = total if device == "cpu" else host_bytes(parts)
+    notes = [*workload.notes, *_notes(parts, correction, strategy, machine)]
+    return Estimate(
+        breakdown=breakdown,
+        total_bytes=total,
+        capacity_bytes=capacity,
+        usable_bytes=usable,
+        verdict=_verdict(total, usable, breakdown.get("optimizer_paged", 0)),
+        phase=name,
+        phases={phase: sum(values.values()) for phase, values in phases.items()},
+        host_bytes=host,
+        uncertain_bytes=sum(breakdown.get(part, 0) for part in UNCERTAIN),
+        notes=tuple(notes),
+    )
+
+
+def _verdict(total: int, usable: int, paged: int) -> Verdict:
+    if total <= usable * COMFORTABLE:
+        return "fits"
+    return "tight" if total - paged <= usable else "no"
+
+
+def workload_of(config: RunConfig, data: DataFacts | None = None) -> Workload:
+    """The widest micro-batch: rows of `max_length`, or of the longest example where all are shorter."""
+    limit = config.data.max_length
+    notes = []
+    longest = data.length_percentiles[-1] if data is not None and data.length_percentiles else None
+    if longest is not None and longest < limit and longest > 0:
+        notes.append(f"The longest example has {longest:,} tokens: data.max_length {limit:,} is never reached.")
+    tokens = min(limit, longest) if longest else limit
+    width = -(-tokens // COLLATOR_MULTIPLE) * COLLATOR_MULTIPLE
+    batch = config.training.batch_size
+    if data is not None and 0 < data.examples < batch:
+        batch = data.examples
+    everything = config.training.objective == "pretrain" or config.data.supervise == "all"
+    share = 1.0 if everything or data is None or data.supervised_share is None else data.supervised_share
+    evaluates = bool(config.data.eval) or config.data.eval_fraction > 0
+    return Workload(
+        batch=batch,
+        tokens=width,
+        eval_batch=config.training.eval_batch_size if evaluates else 0,
+        eval_tokens=width,
+        supervised=min(max(share, 0.0), 1.0) if math.isfinite(share) else 1.0,
+        notes=tuple(notes),
+    )
+
+
+def _notes(parts: Parts, correction: float, strategy: Strategy, machine: Machine) -> list[str]:
+    notes = []
+    if parts.shape.certainty == "typical":
+        notes.append("The shape is a typical one of this size, not that of a known model.")
+    if correction != 1.0:
+        notes.append(f"Uncertain parts are multiplied by {correction:.2f}, learned from earlier runs on this machine.")
+    if strategy != "single":
+        notes.append(f"Per device, {strategy.upper()} over {machine.device_count}.")
+    return notes
+
+
+# --- inference ----------------------------------------------------------------------------------------
+
+
+def estimate_inference(
+    shape: ModelShape,
+    machine: Machine,
+    *,
+    batch: int = 1,
+    prompt_tokens: int,
+    new_tokens: int,
+    storage: str = "bfloat16",
+    quantize: Literal["nf4", "int8"] | None = None,
+    double_quantization: bool = True,
+    adapter_parameters: int = 0,
+    correction: float = 1.0,
+) -> Estimate:
+    """Peak memory of generation with a KV cache for `batch` prompts, greedy or sampled, as `Generator` runs it.
+
+    Raises `ValueError` for counts below one (`new_tokens` may be 0: a forward pass over the prompts alone).
+    """
+    if batch < 1 or prompt_tokens < 1 or new_tokens < 0:
+        raise ValueError("batch and prompt_tokens must be at least 1, new_tokens at least 0")
+    device = "cpu" if machine.kind in ("cpu", "mps") else "cuda"
+    width = TYPE_BYTES[storage]
+    fixed = weight_bytes(shape, storage, quantize=quantize, double_quantization=double_quantization)
+    fixed |= {"adapters": 4 * adapter_parameters, "runtime": CPU_PROCESS if device == "cpu" else CUDA_CONTEXT}
+    widest = max((max(t.inputs, t.outputs) for t in shape.linears), default=0)
+    largest = max((t.inputs * t.outputs for t in shape.linears), default=0)
+    changing = {
+        "kv_cache": batch * kv_cache_bytes(shape, prompt_tokens + new_tokens, width),
+        "logits": batch * shape.vocab * (width + 4),  # of the last position alone
+        "temporary": batch * prompt_tokens * 3 * widest * width + (largest * width if quantize else 0),
+    }
+    parts = {key: round(value * (correction if key in UNCERTAIN else 1.0)) for key, value in (fixed | changing).items() if value}
+    capacity = machine.device.memory_bytes if device != "cpu" else machine.host_memory_bytes
+    total, usable = sum(parts.values()), round(capacity * USABLE[device])
+    return Estimate(
+        breakdown=parts,
+        total_bytes=total,
+        capacity_bytes=capacity,
+        usable_bytes=usable,
+        verdict=_verdict(total, usable, 0),
+        phase="generation",
+        phases={"generation": total},
+        host_bytes=total if device == "cpu" else CUDA_HOST,
+        uncertain_bytes=sum(parts.get(part, 0) for part in UNCERTAIN),
+    )
+
+
+# --- published figures --------------------------------------------------------------------------------
+
+
+def reference_memory_gb(params_b: float, method: Literal["full", "lora", "qlora"]) -> float:
+    """The chapter's formula (13.2.4): GB for a model of `params_b` billion parameters.
+
+    Bytes per parameter: full 2 weights + 2 gradients + 8 optimizer + 4 activations; adapters of 1 % at 12 bytes over 2 (lora)
+    or 0.5 (qlora). The table printed below it follows for full only: 7B gives 14.84 and 4.34, printed are 15.4 and 4.2.
+    """
+    per_parameter = {"full": 2 + 2 + 8 + 4, "lora": 2 + 0.01 * 12, "qlora": 0.5 + 0.01 * 12}
+    if method not in per_parameter:
+        raise ValueError(f"{method!r} is none of full, lora, qlora")
+    return params_b * per_parameter[method]
+
+
+def estimate_vram_requirements(
+    model_size_billions: float,
+    method: Literal["full", "lora", "qlora"] = "qlora",
+    lora_rank: int = 16,
+    batch_size: int = 4,
+    seq_length: int = 512,
+) -> dict[str, float]:
+    """The chapter's exercise 2, with its keys, in GB to two decimals: a rule of thumb that `estimate` supersedes.
+
+    It takes activations of one layer of width 4096, and r/4096 x 1 % of the model for the adapter, about a hundredth of
+    what all linear layers give; the output printed below it is that of the other formula's table.
+    """
+    rates = {"full": (2, 2, 8, 4), "lora": (2, 2, 8, 2), "qlora": (0.5, 2, 4, 1)}
+    if method not in rates:
+        raise ValueError(f"{method!r} is none of full, lora, qlora")
+    weight, gradient, optimizer, activation = rates[method]
+    trained = model_size_billions * (1 if method == "full" else lora_rank / 4096 * 0.01)
+    parts = {
+        "model_gb": model_size_billions * weight,
+        "gradients_gb": trained * gradient,
+        "optimizer_gb": trained * optimizer,
+        "activations_gb": batch_size * seq_length * 4096 * activation / 1e9,
+    }
+    return {"total_gb": round(sum(parts.values()), 2)} | {key: round(value, 2) for key, value in parts.items()}
+
+
+# --- learning from runs -------------------------------------------------------------------------------
+
+LOWEST_CORRECTION, HIGHEST_CORRECTION = 0.5, 2.0
+
+
+def correction_from(ratios: Sequence[float]) -> float:
+    """The factor for the uncertain parts from the ratios of earlier runs (`Estimate.ratio_of`): their median.
+
+    Clamped to 0.5-2: what lies beyond is no estimation error but something else in memory. 1 without usable ratios.
+    """
+    usable = [ratio for ratio in ratios if math.isfinite(ratio) and ratio > 0]
+    if not usable:
+        return 1.0
+    return min(max(statistics.median(usable), LOWEST_CORRECTION), HIGHEST_CORRECTION)

@@ -1,0 +1,413 @@
+"""The parts of a run's memory, and their sums at the moments when a peak can occur.
+
+`memory.py` asks for `phases`: loading, the training step, the optimizer step, evaluation; each a mapping from part to bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from finetuneflow.config import Method, RunConfig
+from finetuneflow.knowledge import activations
+from finetuneflow.knowledge.activations import TYPE_BYTES, Attention, Pass
+from finetuneflow.knowledge.resolve import Resolved
+from finetuneflow.knowledge.shape import Linear, ModelShape
+from finetuneflow.knowledge.targets import target_linears
+
+Strategy = Literal["single", "ddp", "fsdp"]
+
+# The CUDA context with PyTorch's and cuBLAS's kernels and workspaces: 0.4-0.6 GB on cards since Ampere.
+CUDA_CONTEXT = 500_000_000
+# Resident memory of the process with torch, transformers, peft, datasets imported and the tokens ready.
+CPU_PROCESS = 560_000_000
+# Main memory of a process that has opened CUDA: the libraries' pages and pinned buffers.
+CUDA_HOST = 3_000_000_000
+# What allocators hold beyond the tensors alive, as a share of the kept activations. CUDA's caching allocator loses a few per
+# cent. glibc before 2.38 cannot give a freed aligned block to a request of the same size (it asks for the alignment on top), so
+# holes of freed temporaries stay between kept tensors: 0.44-0.76 of the activations in the settings seen. Blocks above 32 MB
+# (logits) are mapped one by one and leave no holes.
+SLACK = {"cuda": 0.05, "cpu": 0.5}
+# With checkpointing glibc's holes remain: 0.33-0.39 of what would have been kept without it.
+CPU_CHECKPOINT_SLACK = 0.35
+# oneDNN compiles a kernel per matrix shape and keeps up to 1,024 of them. Experts get other numbers of tokens at every step, so
+# that cache fills within some ten steps. Measured on one mixture: 0.7 GB of kernels and as much in holes between them. Other
+# models meet few shapes. (With ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 the same run took 0.9 GB less.)
+ONEDNN_CACHE = 1_500_000_000
+
+# bitsandbytes (optim/optimizer.py): tensors below keep 32-bit states; 8-bit states have an fp32 constant per 256 values;
+# only tensors of 100,000 values and more are paged. transformers keeps embeddings in 32 bits.
+MIN_8BIT_SIZE, OPTIMIZER_BLOCK, MIN_PAGED_SIZE = 4096, 256, 100_000
+# NF4 (Dettmers et al. 2023, section 3): blocks of 64 with an fp32 constant, 4.5 bits; the constants in 8 bits, with an fp32
+# constant per 256 of them, 4.127 bits.
+NF4_BITS = {False: 4 + 32 / 64, True: 4 + 8 / 64 + 32 / (64 * 256)}
+WEIGHT_BYTES = {**TYPE_BYTES, "nf4": NF4_BITS[True] / 8, "int8": 1.0}
+COLLATOR_MULTIPLE = 8  # batches are padded to a multiple of this width
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What passes through the model at once. `tokens`: width of the widest micro-batch, padding included.
+
+    `supervised`: share of tokens that enter the loss. `padded`: rows differ in length, so attention needs a mask.
+    """
+
+    batch: int
+    tokens: int
+    eval_batch: int = 0
+    eval_tokens: int = 0
+    supervised: float = 1.0
+    attention: Attention = "sdpa"
+    padded: bool = True
+    notes: tuple[str, ...] = ()
+
+
+# --- what is trained ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """`count` trained tensors of one size and shape (a vector has `rows` 1). `embedding`: its states stay in 32 bits."""
+
+    rows: int
+    columns: int
+    count: int
+    embedding: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def total(self) -> int:
+        return self.size * self.count
+
+
+def trainable_tensors(shape: ModelShape, method: Method, targets: Sequence[Linear]) -> tuple[Tensors, ...]:
+    """Every tensor that gets a gradient, all in fp32, grouped by size: the optimizer's memory depends on the sizes."""
+    if method.kind == "full":
+        found = [Tensors(shape.vocab, shape.hidden, 1, embedding=True)]
+        if not shape.tied:
+            found.append(Tensors(shape.vocab, shape.hidden, 1))
+        found += [Tensors(t.outputs, t.inputs, t.count) for t in shape.linears]
+        found += [Tensors(1, t.outputs, t.count) for t in shape.linears if t.bias]
+        vectors = max(shape.other_parameters // max(shape.hidden, 1), 1)
+        found.append(Tensors(1, max(shape.other_parameters // vectors, 1), vectors))
+        return tuple(found)
+    if method.kind == "prefix":
+        width = 2 * shape.layers * shape.kv_heads * shape.head_dim
+        return (Tensors(method.num_virtual_tokens, width, 1, embedding=True),)
+    found = []
+    for t in targets:
+        if method.kind == "ia3":
+            found.append(Tensors(1, t.inputs if t.part == "mlp" and t.outputs < t.inputs else t.outputs, t.count))
+            continue
+        rank = 2 * method.r if t.part == "expert" and t.name == "gate_up_proj" else method.r  # once for each half
+        found += [Tensors(rank, t.inputs, t.count), Tensors(t.outputs, rank, t.count)]
+        if method.kind == "dora":
+            found.append(Tensors(1, t.outputs, t.count))
+    for name in method.modules_to_save:
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in ("lm_head", "embed_tokens", "wte", "embed_out", "embed_in", "word_embeddings"):
+            found.append(Tensors(shape.vocab, shape.hidden, 1, embedding=leaf not in ("lm_head", "embed_out")))
+        found += [Tensors(t.outputs, t.inputs, t.count) for t in shape.linears if t.name == leaf]
+    return tuple(found)
+
+
+def optimizer_bytes(tensors: Iterable[Tensors], optimizer: str) -> tuple[int, int]:
+    """(ordinary, paged) bytes of the optimizer's states.
+
+    AdamW keeps two fp32 moments; in 8 bits they take a byte each and an fp32 constant per 256 values; Adafactor keeps a
+    mean per row and per column (Shazeer and Stern 2018), of a vector every value.
+    """
+    ordinary = paged = 0.0
+    for t in tensors:
+        if optimizer == "adafactor":
+            ordinary += t.count * 4 * (t.rows + t.columns if t.rows > 1 else t.size)
+        elif optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+            small = t.size < MIN_8BIT_SIZE or t.embedding
+            state = 8 * t.size if small else 2 * t.size + 8 * math.ceil(t.size / OPTIMIZER_BLOCK)
+            if optimizer == "paged_adamw_8bit" and t.size >= MIN_PAGED_SIZE:
+                paged += t.count * state
+            else:
+                ordinary += t.count * state
+        else:
+            ordinary += t.count * 8 * t.size
+    return round(ordinary), round(paged)
+
+
+# --- parts --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the phases are computed from."""
+
+    shape: ModelShape
+    config: RunConfig
+    resolved: Resolved
+    run: Pass
+    workload: Workload
+    tensors: tuple[Tensors, ...]
+
+    @property
+    def trainable(self) -> int:
+        return sum(t.total for t in self.tensors)
+
+    @property
+    def largest_trained(self) -> int:
+        return max((t.size for t in self.tensors), default=0)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.workload.batch * self.workload.tokens
+
+
+def parts_of(shape: ModelShape, config: RunConfig, resolved: Resolved, workload: Workload) -> Parts:
+    targets = _targets(shape, config.method)
+    run = _pass(config.method, resolved, targets, workload)
+    return Parts(shape, config, resolved, run, workload, trainable_tensors(shape, config.method, targets))
+
+
+def weight_bytes(
+    shape: ModelShape, storage: str, *, quantize: str | None = None, double_quantization: bool = True
+) -> dict[str, int]:
+    """Base weights: linear layers, embeddings and head, quantisation constants, the rest.
+
+    bitsandbytes packs modules of type linear alone: embeddings, norms, biases, the head and fused experts stay in `storage`
+    (a tied head is the embedding).
+    """
+    width = TYPE_BYTES[storage]
+    whole = round(shape.linear_parameters * width)
+    constants = 0
+    if quantize:
+        packed = sum(t.count * t.inputs * t.outputs for t in shape.linears if _is_packed(shape, t))
+        bits = {"nf4": 4, "int8": 8}[quantize]
+        whole = (shape.linear_parameters - packed) * width + packed * bits // 8
+        constants = round(packed * (NF4_BITS[double_quantization] - 4) / 8) if quantize == "nf4" else 0
+    return {
+        "weights": whole + round(shape.other_parameters * width),
+        "embeddings": (shape.embedding_parameters + shape.head_parameters) * width,
+        "quantization_constants": constants,
+    }
+
+
+def _is_packed(shape: ModelShape, linear: Linear) -> bool:
+    """State-space blocks read some weights directly (models/load.py); fused experts are no linear modules."""
+    if shape.model_type in activations.STATE_SPACE and linear.name in ("dt_proj", "out_proj"):
+        return False
+    return getattr(linear, "is_linear_module", True)
+
+
+def _targets(shape: ModelShape, method: Method) -> tuple[Linear, ...]:
+    if method.kind in ("full", "prefix"):
+        return ()
+    return target_linears(shape, method.target_modules, kind=method.kind)
+
+
+def _pass(method: Method, resolved: Resolved, targets: tuple[Linear, ...], workload: Workload) -> Pass:
+    storage = TYPE_BYTES[resolved.storage_dtype]
+    return Pass(
+        device=resolved.device,
+        compute=TYPE_BYTES[resolved.compute_dtype],
+        stream=4 if method.kind == "qlora" and resolved.storage_dtype == "float16" else storage,
+        kind=method.kind,
+        targets=targets,
+        rank=method.r,
+        dropout=method.dropout > 0,
+        attention=workload.attention,
+        padded=workload.padded,
+        virtual_tokens=method.num_virtual_tokens if method.kind == "prefix" else 0,
+    )
+
+
+# --- phases -------------------------------------------------------------------------------------------
+
+
+def phases(parts: Parts, shares: int, strategy: Strategy) -> dict[str, dict[str, int]]:
+    """Bytes of each part in each phase, on one of `shares` devices that hold a shard each."""
+    fixed = _fixed(parts, shares)
+    return {
+        "loading": _loading(parts, fixed),
+        "training step": fixed | _step(parts, shares, strategy) | {"allocator_slack": _slack(parts)},
+        "optimizer step": fixed | _update(parts, shares, strategy),
+        "evaluation": fixed | _evaluation(parts),
+    }
+
+
+def _fixed(parts: Parts, shares: int) -> dict[str, int]:
+    """What is there all the time: weights, adapters, optimizer states, the runtime."""
+    method = parts.config.method
+    storage = parts.resolved.storage_dtype
+    # PEFT's preparation of quantised models raises what stays unquantised to fp32 where it is fp16 (models/adapters.py).
+    raised = "float32" if method.kind == "qlora" and storage == "float16" else storage
+    weights = weight_bytes(
+        parts.shape,
+        raised,
+        quantize="nf4" if method.kind == "qlora" else None,
+        double_quantization=method.double_quantization,
+    )
+    ordinary, paged = optimizer_bytes(parts.tensors, parts.resolved.optimizer)
+    adapters = 0 if method.kind == "full" else 4 * parts.trainable
+    pages = 0
+    if method.kind != "full" and parts.resolved.device == "cpu":
+        # Embeddings are read in place, so the mapped file stays resident with what was packed (4 bits) or fused (experts) from it.
+        copied = [t for t in parts.shape.linears if method.kind == "qlora" or t.part == "expert"]
+        pages = sum(t.num_parameters for t in copied) * TYPE_BYTES[storage]
+    sharded = {**weights, "adapters": adapters, "optimizer": ordinary, "optimizer_paged": paged, "file_pages": pages}
+    return {key: -(-value // shares) for key, value in sharded.items()} | {"runtime": _runtime(parts)}
+
+
+def _runtime(parts: Parts) -> int:
+    if parts.resolved.device != "cpu":
+        return CUDA_CONTEXT
+    many_shapes = parts.shape.num_experts > 0 and parts.run.autocast and not parts.run.full
+    return CPU_PROCESS + (ONEDNN_CACHE if many_shapes else 0)
+
+
+def _loading(parts: Parts, fixed: dict[str, int]) -> dict[str, int]:
+    """Weights are read tensor by tensor; quantising has one layer in 16 bits beside the packed ones. On a CPU the mapped file is
+    resident beside the fp32 weights that are made from it (files hold 16 bits as a rule)."""
+    kept = ("weights", "embeddings", "quantization_constants", "adapters", "file_pages", "runtime")
+    largest = max((t.inputs * t.outputs for t in parts.shape.linears), default=0)
+    temporary = largest * TYPE_BYTES[parts.resolved.storage_dtype] if parts.run.kind == "qlora" else 0
+    if parts.resolved.device == "cpu" and parts.resolved.storage_dtype == "float32":
+        temporary = 2 * parts.shape.num_parameters
+    return {key: fixed[key] for key in kept} | {"temporary": temporary}
+
+
+def _step(parts: Parts, shares: int, strategy: Strategy) -> dict[str, int]:
+    """The training step: at the loss all activations are alive; where they are recomputed, one layer at a time is."""
+    shape, run, work = parts.shape, parts.run, parts.workload
+    every_layer = activations.kept_bytes(shape, run, work.batch, work.tokens)
+    copies = 0 if strategy == "fsdp" else cast_copies(parts)  # FSDP gathers weights in the compute type
+    head = activations.head_input_bytes(shape, run, parts.num_tokens)
+    transient = layer_temporaries(parts)
+    logits = logit_bytes(parts.shape.vocab, parts.num_tokens, round(parts.num_tokens * work.supervised), autocast=run.autocast)
+    gradients = 4 * parts.trainable // shares
+    accumulated = gradients if parts.config.training.gradient_accumulation > 1 else 0
+    gathered = _gathered(parts, strategy)
+    buckets = gradients if strategy == "ddp" else 0  # the reducer's buckets are a second copy (gradient_as_bucket_view is off)
+    head_gradient = 6 * shape.vocab * shape.hidden if run.full else 0
+    if parts.resolved.gradient_checkpointing:
+        inputs = activations.checkpoint_bytes(shape, run, parts.num_tokens) + head
+        layer = every_layer // max(shape.layers, 1)
+        per_layer_copies = copies // max(shape.layers, 1)
+        moments = [
+            {"activations": inputs, "logits": 0, "temporary": copies, "gradients": accumulated},
+            {"activations": inputs, "logits": max(logits, 0), "temporary": head_gradient, "gradients": accumulated},
+            {"activations": inputs + layer, "logits": 0, "temporary": transient + per_layer_copies, "gradients": gradients},
+        ]
+    else:
+        kept = every_layer + head
+        moments = [
+            {"activations": kept, "logits": logits, "temporary": copies, "gradients": accumulated},
+            {"activations": kept, "logits": 0, "temporary": copies + transient, "gradients": accumulated},
+            {"activations": kept // max(shape.layers, 1), "logits": 0, "temporary": transient, "gradients": gradients},
+        ]
+    highest = max(moments, key=lambda moment: sum(moment.values()))
+    highest["temporary"] += gathered
+    highest["gradients"] += buckets
+    return highest
+
+
+def logit_bytes(vocab: int, num_tokens: int, supervised: int, *, autocast: bool, training: bool = True) -> int:
+    """The highest moment of the loss (training/trainer.py, `supervised_loss`).
+
+    Logits of all positions leave the model in fp32 (accelerate casts what autocast returns, both types alive for a moment).
+    Of the supervised positions there are a copy and their log-softmax; backwards, the log-softmax with two gradients, then
+    the gradient of all positions twice (of the choice of rows, and of dropping the last position).
+    """
+    full, chosen = 4 * num_tokens * vocab, 4 * supervised * vocab
+    forward = max(full + 2 * chosen, full * 3 // 2 if autocast else full)
+    return max(forward, 3 * chosen, 2 * full) if training and supervised else forward
+
+
+def cast_copies(parts: Parts) -> int:
+    """16-bit copies of fp32 weights that autocast makes and the graph keeps.
+
+    Trained weights are cast once per forward pass; frozen fp32 weights at each use. Fused experts are left out of autocast.
+    """
+    run, shape = parts.run, parts.shape
+    if not run.autocast:
+        return 0
+    linears = sum(t.num_parameters for t in shape.linears if t.part != "expert")
+    if run.full or parts.resolved.storage_dtype == "float32":
+        return run.compute * (linears + shape.vocab * shape.hidden)
+    copies = run.compute * parts.trainable
+    # PEFT adds the change of a fused expert tensor to the tensor itself: the sum is a second copy.
+    copies += run.compute * sum(t.num_parameters for t in run.targets if t.part == "expert")
+    if run.kind == "dora" and run.dropout:  # the base's weight is raised to fp32 for the product, and cast again
+        copies += sum(t.count * t.inputs * t.outputs for t in run.targets) * run.compute
+    return copies
+
+
+def layer_temporaries(parts: Parts) -> int:
+    """The most that one layer needs for a moment, beyond what it keeps: gradients of its widest tensors, casts, weights."""
+    run, shape, n = parts.run, parts.shape, parts.num_tokens
+    widest = max((max(t.inputs, t.outputs) * (shape.expert_share if t.part == "expert" else 1) for t in shape.linears), default=0)
+    elements = n * widest
+    moving = round(elements * 3 * run.compute)
+    if run.kind in ("lora", "dora", "ia3"):
+        moving += round(elements * 8)
+    weights = 0
+    if run.kind == "qlora":
+        weights = max((t.inputs * t.outputs for t in shape.linears), default=0) * run.compute
+    if run.full:
+        weights = parts.largest_trained * (4 + run.compute if run.autocast else 4)
+    if run.kind == "dora":
+        weights = max((t.inputs * t.outputs for t in run.targets), default=0) * 16
+    return moving + weights
+
+
+def _gathered(parts: Parts, strategy: Strategy) -> int:
+    """FSDP gathers the weights of the layer at work and of the next one; embeddings and head are a unit of their own."""
+    if strategy != "fsdp":
+        return 0
+    layer = parts.shape.linear_parameters // max(parts.shape.layers, 1)
+    outside = parts.shape.embedding_parameters + parts.shape.head_parameters
+    return TYPE_BYTES[parts.resolved.compute_dtype] * max(2 * layer, layer + outside)
+
+
+def _update(parts: Parts, shares: int, strategy: Strategy) -> dict[str, int]:
+    """The optimizer step: gradients of everything, and what the optimizer needs beside its states."""
+    gradients = 4 * parts.trainable // shares
+    cuda = parts.resolved.device == "cuda"
+    temporary = {
+        "adamw_torch": gradients if cuda else 8 * parts.largest_trained,  # CUDA: all square roots at once (foreach)
+        "adamw_torch_fused": 0,
+        "adafactor": 12 * parts.largest_trained,
+    }.get(parts.resolved.optimizer, 0 if cuda else 24 * parts.largest_trained)
+    buckets = gradients if strategy == "ddp" else 0
+    return {"gradients": gradients + buckets, "temporary": temporary + _gathered(parts, strategy)}
+
+
+def _evaluation(parts: Parts) -> dict[str, int]:
+    """Logits of a whole evaluation batch, without gradients or kept activations."""
+    work = parts.workload
+    num_tokens = work.eval_batch * work.eval_tokens
+    if not num_tokens:
+        return {}
+    logits = logit_bytes(
+        parts.shape.vocab, num_tokens, round(num_tokens * work.supervised), autocast=parts.run.autocast, training=False
+    )
+    forward = replace(parts, workload=replace(work, batch=work.eval_batch, tokens=work.eval_tokens))
+    copies = cast_copies(parts) if parts.run.full else 0
+    return {"logits": logits, "temporary": copies + layer_temporaries(forward) * (1 if not logits else 0)}
+
+
+def host_bytes(parts: Parts) -> int:
+    """Main memory of a GPU run: the process, one shard of weights on its way, and room for paged states."""
+    largest = max((t.inputs * t.outputs for t in parts.shape.linears), default=0)
+    paged = optimizer_bytes(parts.tensors, parts.resolved.optimizer)[1]
+    return CUDA_HOST + paged + 4 * max(largest, parts.shape.embedding_parameters)
+
+
+def _slack(parts: Parts) -> int:
+    kept = activations.kept_bytes(parts.shape, parts.run, parts.workload.batch, parts.workload.tokens)
+    inputs = activations.checkpoint_bytes(parts.shape, parts.run, parts.num_tokens)
+    if not parts.resolved.gradient_checkpointing:
+        return round(SLACK[parts.resolved.device] * kept)
+    return round(CPU_CHECKPOINT_SLACK * kept if parts.resolved.device == "cpu" else SLACK["cuda"] * inputs)
