@@ -190,8 +190,13 @@ def test_sizes_and_known_names_need_no_files(nowhere: Path) -> None:
         "a/../b",
         "\udcff",
         "x" * 5000,
-    ]
-    + ["http://127.0.0.1/x", "a?b", "a#b/c%2e%2e", "-x", "acme/\x1b[31m7B", "acme/tale\n7B"],
+        "http://127.0.0.1/x",
+        "a?b",
+        "a#b/c%2e%2e",
+        "-x",
+        "acme/\x1b[31m7B",
+        "acme/tale\n7B",
+    ],
 )
 def test_odd_names_are_no_models_and_reach_no_server(hub: Server, name: str) -> None:
     with pytest.raises(ModelError) as raised:

@@ -36,23 +36,23 @@ from finetuneflow.errors import DataError, FineTuneFlowError, HardwareError, Mod
 from finetuneflow.events import read_events
 from finetuneflow.hardware import Cpu, Gpu, Hardware, probe
 from finetuneflow.knowledge import facts
-from finetuneflow.knowledge.architecture import ModelShape, known_shape, shape_from_config, shape_from_size, size_in_name
 from finetuneflow.knowledge.cost import Cost, Efficiency, efficiency_from, estimate_cost, share_reached
 from finetuneflow.knowledge.explain import Diagnosis, diagnose
 from finetuneflow.knowledge.memory import correction_from
 from finetuneflow.knowledge.outcome import compare
+from finetuneflow.knowledge.shapes import ModelShape, known_shape, shape_from_config, shape_from_size, size_in_name
 from finetuneflow.knowledge.situation import Situation, completed
 from finetuneflow.knowledge.values import DataFacts, Device, Machine, ModelFacts
 from finetuneflow.models.source import HUB_ID
 from finetuneflow.training.status import run_status
 from finetuneflow.workspace import Workspace
 
-SAMPLE_SECONDS = 0.3
+SAMPLE_SECONDS = 0.15
 SAMPLE_ROWS = 100  # of each file are read however long it takes
-SIZE_SECONDS = 0.1  # for finding out how large a compressed file is
+SIZE_SECONDS = 0.05  # for finding out how large a compressed file is
 SPLIT_EXAMPLES = 2_000  # up to here the split is made as the run will make it: a tenth of a second
 USABLE_KINDS = frozenset({"chat", "text"})  # what the objectives take; a test compares
-SAMPLE_CHARS = 300_000  # as many are put through the tokenizer: about a tenth of a second
+SAMPLE_CHARS = 200_000  # as many are put through the tokenizer: less than a tenth of a second
 SAMPLE_LENGTHS = 20_000  # examples whose characters are counted
 TOKENIZER_BYTES = 12_000_000  # a larger tokenizer.json takes longer to load than a plan may take
 HUB_SECONDS = 2.0

@@ -10,15 +10,15 @@ import torch
 
 from finetuneflow.config import Method
 from finetuneflow.errors import ModelError
-from finetuneflow.knowledge.architecture import (
+from finetuneflow.knowledge.shapes import (
     adapter_parameters,
     known_shape,
     shape_from_config,
     shape_from_size,
     target_linears,
 )
-from finetuneflow.knowledge.families import FAMILIES
-from finetuneflow.knowledge.targets import (
+from finetuneflow.knowledge.shapes.families import FAMILIES
+from finetuneflow.knowledge.shapes.targets import (
     FUSED_EXPERTS,
     IA3_FEEDFORWARD,
     IA3_TARGETS,

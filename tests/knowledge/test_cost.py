@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from finetuneflow.config import RunConfig, build_config
 from finetuneflow.errors import ConfigError
-from finetuneflow.knowledge.architecture import ModelShape, shape_from_config, shape_from_size
 from finetuneflow.knowledge.cost import Cost, efficiency_from, estimate_cost, flops_per_token, share_reached, steps_of
 from finetuneflow.knowledge.documented import documented_table, documented_times
 from finetuneflow.knowledge.facts import cpu_device, gpu, machine_named
 from finetuneflow.knowledge.flops import traffic
 from finetuneflow.knowledge.resolve import resolve, resolve_on
+from finetuneflow.knowledge.shapes import ModelShape, shape_from_config, shape_from_size
 from finetuneflow.knowledge.steps import STRETCH, mean_width
 from finetuneflow.knowledge.values import DataFacts, Device, Machine
 

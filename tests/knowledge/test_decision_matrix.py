@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from finetuneflow.config import RunConfig, settings
-from finetuneflow.knowledge.architecture import shape_from_size
 from finetuneflow.knowledge.decision_matrix import (
     BANDS,
     DOCUMENTED_MATRIX,
@@ -24,6 +23,7 @@ from finetuneflow.knowledge.decision_matrix import (
     tight_adjustments,
 )
 from finetuneflow.knowledge.memory import estimate
+from finetuneflow.knowledge.shapes import shape_from_size
 from finetuneflow.knowledge.values import GB, Device, Machine
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from finetuneflow.config import RunConfig, build_config
 from finetuneflow.errors import CODES, ConfigError, ModelError
 from finetuneflow.knowledge import explain
-from finetuneflow.knowledge.architecture import shape_from_size
 from finetuneflow.knowledge.explain import Diagnosis, Remedy, cases, diagnose, explain_code, what_to_do
 from finetuneflow.knowledge.memory import estimate
 from finetuneflow.knowledge.remedies import memory_figures
+from finetuneflow.knowledge.shapes import shape_from_size
 from finetuneflow.knowledge.values import GB, Device, Machine
 
 GIB, MIB = 2**30, 2**20

@@ -19,12 +19,12 @@ from finetuneflow.config import RunConfig, build_config, load_config, load_value
 from finetuneflow.data.builtin_templates import BUILT_IN
 from finetuneflow.errors import CODES, ConfigError
 from finetuneflow.knowledge import lint
-from finetuneflow.knowledge.architecture import known_shape, shape_from_config, shape_from_size
 from finetuneflow.knowledge.lint import RULES, Finding, Situation, apply_fixes, check, fix, rule_page, rule_pages, skipped
-from finetuneflow.knowledge.rules_data import padding_share
-from finetuneflow.knowledge.rules_model import CONTROL_TOKENS, NON_COMMERCIAL, TEMPLATE_MARKS
-from finetuneflow.knowledge.rules_rate import lora_guide
-from finetuneflow.knowledge.shape import ModelShape
+from finetuneflow.knowledge.rules.data import padding_share
+from finetuneflow.knowledge.rules.model import CONTROL_TOKENS, NON_COMMERCIAL, TEMPLATE_MARKS
+from finetuneflow.knowledge.rules.rate import lora_guide
+from finetuneflow.knowledge.shapes import known_shape, shape_from_config, shape_from_size
+from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.situation import completed, gb
 from finetuneflow.knowledge.values import GB, DataFacts, Device, Machine, ModelFacts
 
@@ -651,7 +651,7 @@ def test_each_rule_has_a_page(code: str) -> None:
 
 def test_no_page_is_without_a_rule() -> None:
     folder = ROOT / "src" / "finetuneflow" / "knowledge" / "rules"
-    assert {path.name for path in folder.iterdir()} == {f"{code}.md" for code in RULES}
+    assert {path.name for path in folder.glob("*.md")} == {f"{code}.md" for code in RULES}
 
 
 def test_the_pages_in_the_documentation_are_current() -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from finetuneflow.config import Method, RunConfig, build_config
 from finetuneflow.knowledge import activations, memory, memory_phases
-from finetuneflow.knowledge.architecture import shape_from_config, shape_from_size
 from finetuneflow.knowledge.memory import (
     Workload,
     correction_from,
@@ -25,7 +24,8 @@ from finetuneflow.knowledge.memory import (
 )
 from finetuneflow.knowledge.memory_phases import optimizer_bytes, trainable_tensors, weight_bytes
 from finetuneflow.knowledge.resolve import resolve
-from finetuneflow.knowledge.targets import adapter_parameters, target_linears
+from finetuneflow.knowledge.shapes import shape_from_config, shape_from_size
+from finetuneflow.knowledge.shapes.targets import adapter_parameters, target_linears
 from finetuneflow.knowledge.values import DataFacts, Device, Machine
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,6 @@ from finetuneflow.config import RunConfig, build_config, dump_config, load_confi
 from finetuneflow.errors import ConfigError
 from finetuneflow.knowledge import hyperparameters
 from finetuneflow.knowledge.advice import GOALS, whether_to_tune
-from finetuneflow.knowledge.architecture import ModelShape, known_shape, shape_from_config, shape_from_size
 from finetuneflow.knowledge.cost import Efficiency, estimate_cost
 from finetuneflow.knowledge.facts import cpu_device, gpu, machine_named
 from finetuneflow.knowledge.lint import check
@@ -25,6 +24,7 @@ from finetuneflow.knowledge.memory import Estimate, estimate
 from finetuneflow.knowledge.recommend import Option, Plan, options, to_run_config
 from finetuneflow.knowledge.resolve import resolve
 from finetuneflow.knowledge.search import Candidate, Found, Grid, divisors, lengths, resident, search, with_settings
+from finetuneflow.knowledge.shapes import ModelShape, known_shape, shape_from_config, shape_from_size
 from finetuneflow.knowledge.situation import Situation
 from finetuneflow.knowledge.values import GB, DataFacts, Device, Machine
 

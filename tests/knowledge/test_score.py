@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from finetuneflow.config import RunConfig, build_config
 from finetuneflow.errors import ConfigError
-from finetuneflow.knowledge.architecture import shape_from_size
 from finetuneflow.knowledge.score import Score, Setup, judge, parse_count, score, score_config, setup_of
 from finetuneflow.knowledge.setups import DOCUMENTED_MARKS, documented_setups
+from finetuneflow.knowledge.shapes import shape_from_size
 from finetuneflow.knowledge.values import GB, DataFacts, Device, Machine
 
 NAMES = ["learning rate", "batch size", "data quality", "steps", "warm-up", "GPU use", "time", "stability"]

@@ -79,7 +79,7 @@ def test_a_run_leaves_its_plan_and_says_it(bench: Bench, with_report: None) -> N
     for label in ("Peak memory", "Training time"):
         cells = [cell.strip() for cell in re.search(rf"\| {label} \|(.*)\|", section)[1].split("|")]  # type: ignore[index]
         assert re.search(r"\d", cells[0]) and re.search(r"\d", cells[1]) and re.fullmatch(r"[+-]\d+ %", cells[2])
-    assert rate["code"] in section
+    assert rate["code"] in section.replace("\\", "")
 
 
 def test_a_run_that_somebody_stopped_keeps_its_plan_when_it_goes_on(bench: Bench) -> None:
@@ -113,7 +113,7 @@ WIDE: dict[str, Any] = {
 
 
 def long_rows(bench: Bench) -> None:
-    write_rows(bench.data, [{key: text * 30 for key, text in row.items()} for row in sums(300)])
+    write_rows(bench.data, [{key: text * 10 for key, text in row.items()} for row in sums(300)])
 
 
 # --- refusals -----------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_a_batch_that_can_be_halved_is_not_refused_under_retry(bench: Bench, tin
     assert all_of_it > 1.15 * capacity
     tiny_machine(capacity)
     with pytest.raises(HardwareError):
-        bench.train(**settings, training__oom="fail")
+        bench.train(**settings, training__oom="stop")
     assert bench.train(**settings, training__oom="retry").status == "succeeded"
     tiny_machine(round(one / 2))  # where not even one example fits, it is
     with pytest.raises(HardwareError) as raised:
@@ -186,8 +186,8 @@ def test_targets_that_do_not_exist_are_told_by_the_model_not_the_prediction(benc
         bench.train(method__target_modules=["no_such_layer"])
     assert getattr(raised.value, "code", "") != "MEMORY_WONT_FIT" and "no_such_layer" in str(raised.value)
     assert "loading" in phases(bench)
-    plan = plan_of(bench.newest())
-    assert plan["memory_bytes"] is None and plan["verdict"] is None and plan["steps"] == 12
+    [warning] = bench.seen("warning", code="PLAN_FAILED")
+    assert "no_such_layer" in warning["message"] and not (bench.newest() / "plan.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "ia3", "prefix"])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from finetuneflow.knowledge.shape import Linear, ModelShape
+from finetuneflow.knowledge.shapes.shape import Linear, ModelShape
 
 Attention = Literal["sdpa", "flash", "eager"]
 TYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -31,7 +31,7 @@ from finetuneflow.knowledge.facts import (
 from finetuneflow.knowledge.flops import Flops, Traffic, flops_per_token, traffic
 from finetuneflow.knowledge.memory_phases import weight_bytes
 from finetuneflow.knowledge.resolve import Resolved, resolve
-from finetuneflow.knowledge.shape import ModelShape
+from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.steps import Steps, mean_width, row_lengths, steps_of
 from finetuneflow.knowledge.values import DataFacts, Device, Machine
 

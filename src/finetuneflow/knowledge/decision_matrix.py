@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from finetuneflow.config import RunConfig
-from finetuneflow.knowledge.architecture import shape_from_size
 from finetuneflow.knowledge.memory import Estimate, Verdict, estimate
-from finetuneflow.knowledge.shape import ModelShape
+from finetuneflow.knowledge.shapes import shape_from_size
+from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.values import GB, Device, Machine
 
 Mark = Literal["comfortable", "reduced", "impossible"]

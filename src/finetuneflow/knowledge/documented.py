@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetuneflow.config import build_config
-from finetuneflow.knowledge.architecture import shape_from_size
 from finetuneflow.knowledge.cost import Cost, estimate_cost
 from finetuneflow.knowledge.facts import machine_named
 from finetuneflow.knowledge.recipes import load_phase
 from finetuneflow.knowledge.resolve import resolve
+from finetuneflow.knowledge.shapes import shape_from_size
 from finetuneflow.knowledge.values import DataFacts
 
 

@@ -14,8 +14,8 @@ from finetuneflow.config import RunConfig
 from finetuneflow.knowledge.activations import TYPE_BYTES
 from finetuneflow.knowledge.memory_phases import NF4_BITS, trainable_tensors
 from finetuneflow.knowledge.resolve import Resolved
-from finetuneflow.knowledge.shape import Linear, ModelShape
-from finetuneflow.knowledge.targets import target_linears
+from finetuneflow.knowledge.shapes.shape import Linear, ModelShape
+from finetuneflow.knowledge.shapes.targets import target_linears
 
 SCAN_OPERATIONS = (
     9  # per value of a state-space model's state and token: Gu and Dao 2023 (arXiv:2312.00752), section 3.3 (9 B L D N)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetuneflow.config import RunConfig
-from finetuneflow.knowledge.shape import ModelShape
+from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.values import DataFacts
 
 

@@ -6,7 +6,7 @@
     fix            the same until nothing safe is left, refusing a fix that would bring a new error
     rule_page      the page that explains a code; the pages are packaged beside this module (`rules/CODE.md`)
 
-The rules stand in `rules_*.py` by topic. Each is a plain function; `situation.py` says what it is given.
+The rules stand in `rules/` by topic. Each is a plain function; `situation.py` says what it is given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from finetuneflow.config import settings
 from finetuneflow.errors import ConfigError
-from finetuneflow.knowledge import rules_adapter, rules_data, rules_hardware, rules_model, rules_rate, rules_steps
+from finetuneflow.knowledge.rules import adapter, data, hardware, model, rate, steps
 from finetuneflow.knowledge.situation import LEVELS, Finding, Level, Rule, Situation, completed
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "skipped",
 ]
 
-_TOPICS = (rules_data, rules_model, rules_adapter, rules_rate, rules_steps, rules_hardware)
+_TOPICS = (data, model, adapter, rate, steps, hardware)
 RULES: dict[str, Rule] = {rule.code: rule for topic in _TOPICS for rule in vars(topic).values() if isinstance(rule, Rule)}
 ROUNDS = 2 * len(RULES)  # one fix can make room for another; more would be two rules that contradict each other
 

@@ -32,7 +32,7 @@ from finetuneflow.knowledge.memory_phases import (
     weight_bytes,
 )
 from finetuneflow.knowledge.resolve import Resolved, resolve
-from finetuneflow.knowledge.shape import ModelShape, kv_cache_bytes
+from finetuneflow.knowledge.shapes.shape import ModelShape, kv_cache_bytes
 from finetuneflow.knowledge.values import DataFacts, Machine
 
 Verdict = Literal["fits", "tight", "no"]

@@ -14,8 +14,8 @@ from finetuneflow.config import Method, RunConfig
 from finetuneflow.knowledge import activations
 from finetuneflow.knowledge.activations import TYPE_BYTES, Attention, Pass
 from finetuneflow.knowledge.resolve import Resolved
-from finetuneflow.knowledge.shape import Linear, ModelShape
-from finetuneflow.knowledge.targets import target_linears
+from finetuneflow.knowledge.shapes.shape import Linear, ModelShape
+from finetuneflow.knowledge.shapes.targets import target_linears
 
 Strategy = Literal["single", "ddp", "fsdp"]
 

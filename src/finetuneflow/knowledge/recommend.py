@@ -45,7 +45,7 @@ from finetuneflow.knowledge.search import (
     used_machine,
     with_settings,
 )
-from finetuneflow.knowledge.shape import ModelShape
+from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.values import GB, DataFacts, Machine
 from finetuneflow.knowledge.variants import Asked, Variant, chosen_settings, kept_settings, values_of, variants_for
 

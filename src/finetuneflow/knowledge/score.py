@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from finetuneflow.config import RunConfig
-from finetuneflow.knowledge.architecture import ModelShape
 from finetuneflow.knowledge.criteria import (
     ADAPTER_RATES,
     PASSES,
@@ -29,6 +28,7 @@ from finetuneflow.knowledge.criteria import (
 )
 from finetuneflow.knowledge.resolve import Resolved, resolve
 from finetuneflow.knowledge.setups import COMPARED, LARGEST, Position, Setup, parse_count, position
+from finetuneflow.knowledge.shapes import ModelShape
 from finetuneflow.knowledge.values import GB, DataFacts, Machine
 
 __all__ = ["Criterion", "Improvement", "Score", "Setup", "judge", "parse_count", "score", "score_config", "setup_of"]

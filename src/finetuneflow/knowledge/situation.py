@@ -20,8 +20,8 @@ from finetuneflow.knowledge.memory import Estimate
 from finetuneflow.knowledge.memory import estimate as estimate_memory
 from finetuneflow.knowledge.memory_phases import Strategy
 from finetuneflow.knowledge.resolve import Resolved, resolve, resolve_on
-from finetuneflow.knowledge.shape import ModelShape
-from finetuneflow.knowledge.targets import adapter_parameters
+from finetuneflow.knowledge.shapes.shape import ModelShape
+from finetuneflow.knowledge.shapes.targets import adapter_parameters
 from finetuneflow.knowledge.values import DataFacts, Machine, ModelFacts
 
 Level = Literal["error", "warning", "advice"]

@@ -13,8 +13,8 @@ from finetuneflow.knowledge import hyperparameters
 from finetuneflow.knowledge.cost import Efficiency
 from finetuneflow.knowledge.hyperparameters import Chosen
 from finetuneflow.knowledge.search import LENGTH_MULTIPLE
-from finetuneflow.knowledge.shape import Linear, ModelShape
-from finetuneflow.knowledge.targets import target_linears, trains_fused_experts
+from finetuneflow.knowledge.shapes.shape import Linear, ModelShape
+from finetuneflow.knowledge.shapes.targets import target_linears, trains_fused_experts
 from finetuneflow.knowledge.values import DataFacts, Machine
 
 HELD_PERCENTILE = 99

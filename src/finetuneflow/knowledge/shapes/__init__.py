@@ -12,13 +12,13 @@ from importlib import resources
 from typing import Any
 
 from finetuneflow.errors import ConfigError
-from finetuneflow.knowledge import generic
-from finetuneflow.knowledge.families import FAMILIES
-from finetuneflow.knowledge.known_models import known_config
-from finetuneflow.knowledge.layouts import Layout
-from finetuneflow.knowledge.settings import Settings, unsupported
-from finetuneflow.knowledge.shape import Certainty, Linear, ModelShape, kv_bytes_per_token, kv_cache_bytes
-from finetuneflow.knowledge.targets import adapter_parameters, target_linears
+from finetuneflow.knowledge.shapes import generic
+from finetuneflow.knowledge.shapes.families import FAMILIES
+from finetuneflow.knowledge.shapes.known_models import known_config
+from finetuneflow.knowledge.shapes.layouts import Layout
+from finetuneflow.knowledge.shapes.settings import Settings, unsupported
+from finetuneflow.knowledge.shapes.shape import Certainty, Linear, ModelShape, kv_bytes_per_token, kv_cache_bytes
+from finetuneflow.knowledge.shapes.targets import adapter_parameters, target_linears
 
 __all__ = [
     "Linear",
@@ -56,7 +56,7 @@ def _class_defaults() -> dict[str, dict[str, Any]]:
     transformers leaves out keys that equal its defaults when it saves a config, so a missing `tie_word_embeddings` is true
     for Gemma and false for Llama. A test compares each value with the installed release.
     """
-    text = resources.files("finetuneflow.knowledge").joinpath("config_defaults.json").read_text(encoding="utf-8")
+    text = resources.files(__package__).joinpath("config_defaults.json").read_text(encoding="utf-8")
     defaults: dict[str, dict[str, Any]] = json.loads(text)
     return defaults
 

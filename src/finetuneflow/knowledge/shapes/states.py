@@ -5,8 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from finetuneflow.knowledge.layouts import Experts, Layout, attention, feed_forward, layer_kinds, mixture, sparse_layers, start
-from finetuneflow.knowledge.settings import MOST_LAYERS, Settings, unsupported
+from finetuneflow.knowledge.shapes.layouts import (
+    Experts,
+    Layout,
+    attention,
+    feed_forward,
+    layer_kinds,
+    mixture,
+    sparse_layers,
+    start,
+)
+from finetuneflow.knowledge.shapes.settings import MOST_LAYERS, Settings, unsupported
 
 
 def _stateful(s: Settings) -> Layout:

@@ -10,9 +10,9 @@ from finetuneflow.config import Method
 from finetuneflow.errors import FineTuneFlowError
 from finetuneflow.knowledge.memory import Estimate
 from finetuneflow.knowledge.resolve import Resolved
-from finetuneflow.knowledge.shape import Linear, ModelShape
+from finetuneflow.knowledge.shapes.shape import Linear, ModelShape
+from finetuneflow.knowledge.shapes.targets import STATE_SPACE_TARGETS, adapter_parameters, target_linears, trains_fused_experts
 from finetuneflow.knowledge.situation import LORA_KINDS, Hit, Situation, count, gb, many, percent, rule
-from finetuneflow.knowledge.targets import STATE_SPACE_TARGETS, adapter_parameters, target_linears, trains_fused_experts
 from finetuneflow.knowledge.values import DataFacts, Machine, ModelFacts
 
 # The chapter's guideline table (13.1.7): examples -> lowest advised rank.

@@ -9,9 +9,9 @@ from typing import Any
 from finetuneflow.knowledge.criteria import rate_text
 from finetuneflow.knowledge.memory import Estimate
 from finetuneflow.knowledge.resolve import Resolved
-from finetuneflow.knowledge.shape import ModelShape
+from finetuneflow.knowledge.shapes.shape import ModelShape
+from finetuneflow.knowledge.shapes.targets import STATE_SPACE_TARGETS
 from finetuneflow.knowledge.situation import Hit, Situation, gb, many, rule
-from finetuneflow.knowledge.targets import STATE_SPACE_TARGETS
 from finetuneflow.knowledge.values import Machine, ModelFacts
 
 BUSY_TOKENS = 8192  # tokens per forward pass from which on a GPU's matrix units are busy with one layer

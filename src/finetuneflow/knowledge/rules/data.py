@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import Any
 
-from finetuneflow.knowledge.shape import ModelShape
+from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.situation import Hit, Situation, many, percent, rule
 from finetuneflow.knowledge.values import DataFacts
 

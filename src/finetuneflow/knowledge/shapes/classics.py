@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from finetuneflow.knowledge.layouts import Layout, start
-from finetuneflow.knowledge.settings import Settings, unsupported
+from finetuneflow.knowledge.shapes.layouts import Layout, start
+from finetuneflow.knowledge.shapes.settings import Settings, unsupported
 
 
 def _begin(s: Settings, layer_path: str, embedding: str = "wte") -> Layout:

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetuneflow.knowledge.criteria import RATES, WARMUPS, band_at, rate_text
 from finetuneflow.knowledge.resolve import ADAPTER_SIZED_RATE, FULL_RATE
-from finetuneflow.knowledge.shape import ModelShape
+from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.situation import LORA_KINDS, Hit, Situation, count, percent, rule
 
 LORA_RATE = 2e-4  # QLoRA (Dettmers et al. 2023), table 9: 7B and 13B

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from finetuneflow.knowledge.families import decoder
-from finetuneflow.knowledge.layouts import Experts, Layout
-from finetuneflow.knowledge.settings import Settings, unsupported
+from finetuneflow.knowledge.shapes.families import decoder
+from finetuneflow.knowledge.shapes.layouts import Experts, Layout
+from finetuneflow.knowledge.shapes.settings import Settings, unsupported
 
 # Activations of gated feed-forward parts; the older ones (gelu, relu, …) come without a gate.
 _GATED = ("silu", "swish", "gelu_pytorch_tanh", "geglu", "swiglu")

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from finetuneflow.config import Method
 from finetuneflow.errors import ModelError
-from finetuneflow.knowledge.shape import Linear, ModelShape
+from finetuneflow.knowledge.shapes.shape import Linear, ModelShape
 
 _QV = ("q_proj", "v_proj")
 _FUSED = ("query_key_value",)

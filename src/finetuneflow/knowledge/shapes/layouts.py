@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finetuneflow.knowledge.settings import MOST_LAYERS, Settings, unsupported
-from finetuneflow.knowledge.shape import Linear, Part
+from finetuneflow.knowledge.shapes.settings import MOST_LAYERS, Settings, unsupported
+from finetuneflow.knowledge.shapes.shape import Linear, Part
 
 Rule = bool | str  # a fact of the family, or the config key that decides
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from transformers.pytorch_utils import Conv1D
 
 from finetuneflow.errors import ConfigError, ModelError
-from finetuneflow.knowledge import generic
-from finetuneflow.knowledge.architecture import (
+from finetuneflow.knowledge.shapes import (
     ModelShape,
+    generic,
     known_shape,
     kv_bytes_per_token,
     kv_cache_bytes,
@@ -31,12 +31,12 @@ from finetuneflow.knowledge.architecture import (
     shape_from_size,
     size_in_name,
 )
-from finetuneflow.knowledge.families import FAMILIES
-from finetuneflow.knowledge.known_models import KNOWN
-from finetuneflow.knowledge.settings import Settings
+from finetuneflow.knowledge.shapes.families import FAMILIES
+from finetuneflow.knowledge.shapes.known_models import KNOWN
+from finetuneflow.knowledge.shapes.settings import Settings
 
 DEFAULTS: dict[str, dict[str, Any]] = json.loads(
-    resources.files("finetuneflow.knowledge").joinpath("config_defaults.json").read_text(encoding="utf-8")
+    resources.files("finetuneflow.knowledge.shapes").joinpath("config_defaults.json").read_text(encoding="utf-8")
 )
 LLAMA = {
     "model_type": "llama",
@@ -497,7 +497,7 @@ def test_a_cache_of_nonsense_is_refused(num_tokens: int, size: float) -> None:
 def test_shapes_need_no_torch_and_little_time() -> None:
     code = (
         "import sys, time; start = time.perf_counter()\n"
-        "from finetuneflow.knowledge.architecture import known_shape, shape_from_size\n"
+        "from finetuneflow.knowledge.shapes import known_shape, shape_from_size\n"
         "known_shape('Qwen/Qwen3-8B'); known_shape('deepseek-ai/DeepSeek-V3'); shape_from_size('7B')\n"
         "print(sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
     )

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from finetuneflow.knowledge.classics import CLASSICS
-from finetuneflow.knowledge.layouts import (
+from finetuneflow.knowledge.shapes.classics import CLASSICS
+from finetuneflow.knowledge.shapes.layouts import (
     Experts,
     Layout,
     Rule,
@@ -20,8 +20,8 @@ from finetuneflow.knowledge.layouts import (
     sparse_layers,
     start,
 )
-from finetuneflow.knowledge.settings import Settings
-from finetuneflow.knowledge.states import STATES
+from finetuneflow.knowledge.shapes.settings import Settings
+from finetuneflow.knowledge.shapes.states import STATES
 
 Family = Callable[[Settings], Layout]
 
