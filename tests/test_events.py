@@ -61,3 +61,9 @@ def test_a_full_disk_is_a_storage_error_and_tears_no_line(tmp_path: Path) -> Non
             log.emit("phase", name="training")
         assert caught.value.code == "STORAGE_DISK_FULL"
     assert all(json.loads(line) for line in (tmp_path / "e").read_text().splitlines())
+
+
+def test_a_line_that_is_no_object_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('[1]\n"x"\n3\n{"seq": 1, "event": "log", "step": 1}\n')
+    assert [event["seq"] for event in read_events(path)] == [1]

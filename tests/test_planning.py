@@ -29,6 +29,7 @@ from finetuneflow.errors import DataError, FineTuneFlowError, ModelError
 from finetuneflow.hardware import Cpu, Gpu, Hardware, Memory, Torch
 from finetuneflow.knowledge import facts
 from finetuneflow.knowledge.values import DataFacts, Machine
+from finetuneflow.planning import base_model, sample
 from finetuneflow.training.objectives import OBJECTIVES
 from finetuneflow.workspace import Workspace, write_json
 from models.hub_standin import HubStandin, Repo
@@ -40,7 +41,7 @@ GIB = 2**30
 @pytest.fixture(autouse=True)
 def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are read whole on the slowest machine."""
-    monkeypatch.setattr(planning, "SAMPLE_SECONDS", 600.0)
+    monkeypatch.setattr(sample, "SAMPLE_SECONDS", 600.0)
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, str]]:
@@ -329,8 +330,8 @@ def test_a_redirect_on_the_web_is_followed_but_not_to_a_less_safe_place(hub: Ser
     hub.model((307, {"Location": "/elsewhere"}, b""))
     hub.answers["/elsewhere"] = config_of()
     assert planning.look_at_model("acme/thing").shape.hidden == 48
-    request = planning.urllib.request.Request("https://hub.example/config.json")
-    redirects = planning._WebRedirects()
+    request = base_model.urllib.request.Request("https://hub.example/config.json")
+    redirects = base_model._WebRedirects()
     for place, followed in (("https://cdn.example/c", True), ("http://cdn.example/c", False), ("file:///etc/passwd", False)):
         assert (redirects.redirect_request(request, None, 302, "", {}, place) is not None) is followed  # type: ignore[arg-type]
 
@@ -360,7 +361,7 @@ def drips(server: Server) -> Callable[[Any], None]:
 def test_a_hub_that_hangs_or_drips_is_left_after_the_stated_time(
     hub: Server, monkeypatch: pytest.MonkeyPatch, slow: Callable[[Server], Any]
 ) -> None:
-    monkeypatch.setattr(planning, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(base_model, "HUB_SECONDS", 0.3)
     hub.model(slow(hub), slow(hub), name="acme/thing-7b")
     begin = time.monotonic()
     assert planning.look_at_model("acme/thing-7b").shape.certainty == "typical"
@@ -389,7 +390,7 @@ def test_an_odd_endpoint_counts_as_no_hub(nowhere: Path, monkeypatch: pytest.Mon
 
 
 def test_what_counts_is_what_the_objectives_take() -> None:
-    assert all(objective.takes == planning.USABLE_KINDS for objective in OBJECTIVES.values())
+    assert all(objective.takes == sample.USABLE_KINDS for objective in OBJECTIVES.values())
 
 
 def test_small_files_are_counted_exactly(tmp_path: Path) -> None:
@@ -408,7 +409,7 @@ def test_small_files_are_counted_exactly(tmp_path: Path) -> None:
         for item in to_examples(read_rows(path))
         if isinstance(item, Example)
     ]
-    estimated = sum(chars) / 66 / 4 + 2 * planning.TURN_TOKENS
+    estimated = sum(chars) / 66 / 4 + 2 * sample.TURN_TOKENS
     assert found.mean_tokens == pytest.approx(estimated, rel=0.02)
     assert len(found.length_percentiles) == 101 and found.length_percentiles[100] == pytest.approx(max(chars) / 4 + 10, abs=2)
 
@@ -446,8 +447,8 @@ def test_what_enters_the_loss_follows_the_settings(tmp_path: Path) -> None:
 
 def cut_after(monkeypatch: pytest.MonkeyPatch, first_rows: int = 500) -> None:
     """A reader whose time is up after so many rows, whatever machine the test runs on."""
-    monkeypatch.setattr(planning, "SAMPLE_SECONDS", -1.0)
-    monkeypatch.setattr(planning, "SAMPLE_ROWS", first_rows)
+    monkeypatch.setattr(sample, "SAMPLE_SECONDS", -1.0)
+    monkeypatch.setattr(sample, "SAMPLE_ROWS", first_rows)
 
 
 def write_large(path: Path, kind: str) -> Path:
@@ -511,8 +512,8 @@ def test_the_number_of_a_large_parquet_file_is_known(tmp_path: Path, monkeypatch
 
 
 def test_a_compressed_file_too_large_to_unpack_is_estimated_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "SIZE_SECONDS", 0.0)
-    monkeypatch.setattr(planning, "BLOCK_BYTES", 200_000)
+    monkeypatch.setattr(sample, "SIZE_SECONDS", 0.0)
+    monkeypatch.setattr(sample, "BLOCK_BYTES", 200_000)
     cut_after(monkeypatch, first_rows=2_000)
     path = write_large(tmp_path / "large.json.gz", "jsonl.gz")
     assert looked_at(path, eval_fraction=0).examples == pytest.approx(6_000, rel=0.25)

@@ -9,6 +9,7 @@ Defaults are the documented ones, under today's names. Importing this module loa
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -192,7 +193,8 @@ class RunConfig(Section):
         """The same with every local path made absolute: a run must be found and resumed from any folder."""
 
         def absolute(text: str) -> str:
-            return str(Path(text).expanduser().resolve()) if Path(text).expanduser().exists() else text
+            path = os.path.expanduser(text)
+            return str(Path(path).resolve()) if os.path.exists(path) else text
 
         data = self.data.model_copy(
             update={

@@ -111,7 +111,7 @@ def read_events(path: Path, *, after: int = 0) -> Iterator[Event]:
                 event = json.loads(line)
             except ValueError:
                 continue
-            if event.get("seq", 0) > after:
+            if isinstance(event, dict) and event.get("seq", 0) > after:
                 yield event
 
 

@@ -200,3 +200,9 @@ def test_a_qlora_adapter_merges_into_a_fresh_full_precision_base_even_after_eval
     assert distance < 0.3 * logits(merged).std(), "what differs is the base's rounding to 4 bits"
     assert not quantized_layers(merged)
     assert trainable_parameters(merged).total == load(folders["llama"]).facts.num_parameters
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ia3_goes_on_every_linear_layer_too(folders: dict[str, Path], architecture: str) -> None:
+    model = attach_adapter(load(folders[architecture]).model, AdapterSpec(kind="ia3", target_modules="all-linear"))
+    assert trainable_parameters(model).trainable > 0

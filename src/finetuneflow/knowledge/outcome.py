@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST = 1e30  # bytes, seconds or operations: more is no measurement
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -65,4 +67,7 @@ def _error(predicted: float | None, measured: float | None) -> float | None:
 
 
 def _positive(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+    """The value as a finite number above zero, else None: files of old runs may hold anything."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST:
+        return None
+    return float(value)

@@ -23,8 +23,8 @@ from finetuneflow.errors import ModelError, TrainingError
 from finetuneflow.models.targets import (
     STATE_SPACE_TARGETS,
     checked_modules_to_save,
-    feedforward_targets,
     has_conv1d,
+    ia3_targets,
     resolve_targets,
     ties_embeddings,
 )
@@ -137,7 +137,7 @@ def peft_config(model: Any, spec: AdapterSpec) -> Any:
     targets = resolve_targets(model, spec.target_modules, kind=spec.kind)
     to_save = checked_modules_to_save(model, spec.modules_to_save)
     if spec.kind == "ia3":
-        feedforward = feedforward_targets(model, targets)
+        targets, feedforward = ia3_targets(model, targets)
         return peft.IA3Config(
             task_type="CAUSAL_LM",
             target_modules=targets,

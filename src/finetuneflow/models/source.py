@@ -64,7 +64,7 @@ def resolve(source: ModelSource) -> Snapshot:
         from finetuneflow.models.starter import starter_path
 
         return _local_snapshot(source, Path(starter_path()))
-    path = Path(source.base).expanduser()
+    path = Path(os.path.expanduser(source.base))
     if os.path.isdir(path):  # unlike Path.is_dir, it answers False for names that no file system takes
         return _local_snapshot(source, path)
     if os.path.isfile(path):
@@ -78,7 +78,7 @@ def resolve(source: ModelSource) -> Snapshot:
 
 def tokenizer_folder(source: ModelSource) -> tuple[Path, bool]:
     """(folder with the tokenizer of `source`, whether its own code may run); no weights are needed or downloaded."""
-    path = Path(source.base).expanduser()
+    path = Path(os.path.expanduser(source.base))
     if source.base == STARTER or os.path.exists(path) or not HUB_ID.fullmatch(source.base):
         if os.path.isdir(path) and not (path / "config.json").exists():  # a folder of nothing but a tokenizer
             return path, False

@@ -45,13 +45,26 @@ def _known_targets(model_type: str, kind: str) -> list[str] | str | None:
     return known if isinstance(known, str) or known is None else list(known)
 
 
-def feedforward_targets(model: Any, targets: list[str] | str) -> list[str]:
-    """The IA3 targets whose input, not output, is rescaled: the last linear layer of each feed-forward block."""
+def ia3_targets(model: Any, targets: list[str] | str) -> tuple[list[str] | str, list[str]]:
+    """(targets, those whose input, not output, is rescaled: the last linear layer of each feed-forward block).
+
+    PEFT wants the second to be among the first by name. Where one name fits layers of both kinds (`c_proj` of GPT-2),
+    it is told apart by the module it stands in (`attn.c_proj`, `mlp.c_proj`).
+    """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as table
 
     known = table.get(model.config.model_type) or ["down_proj", "fc2", "c_proj", "dense_4h_to_h"]
     matched = {name for name in linear_modules(model) if _is_target(name, targets)}
-    return sorted(name for name in known if any(_is_target(path, [name]) for path in matched))
+    feedforward = sorted(name for name in known if any(_is_target(path, [name]) for path in matched))
+    if isinstance(targets, str):
+        return targets, feedforward
+    named: set[str] = set()
+    for target in targets:
+        if any(name != target and name.endswith(f".{target}") for name in feedforward):
+            named |= {".".join(path.split(".")[-2:]) for path in matched if _is_target(path, [target])}
+        else:
+            named.add(target)
+    return sorted(named), feedforward
 
 
 def linear_modules(model: Any) -> dict[str, nn.Module]:
