@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from finetuneflow.terminal import clean, console, human_bytes, human_time, say, table
@@ -27,7 +27,9 @@ STARS = 5
 
 def _item(text: str, *, mark: str = "·", style: str = "") -> None:
     """A line with a mark, continuation lines hanging under its text."""
-    console.print(Padding(Text(f"{mark} {clean(text)}", style=style), (0, 0, 0, 2)))
+    line = Table.grid(padding=(0, 1))
+    line.add_row(" ", Text(mark, style=style), Text(clean(text), style=style))
+    console.print(line if console.is_terminal else Text(f"  {mark} {clean(text)}"), soft_wrap=not console.is_terminal)
 
 
 # --- plans --------------------------------------------------------------------------------------------
@@ -64,7 +66,8 @@ def show_plan(plan: Plan, advice: Advice, seen: Look) -> None:
     if notes := [*seen.notes, *plan.notes]:
         say("\nAssumed:", style="dim")
         for note in dict.fromkeys(notes):
-            _item(note, style="dim")
+            if not any(other != note and other.startswith(note.rstrip(".")) for other in notes):  # said at more length
+                _item(note, style="dim")
 
 
 def _option_row(option: Option, *, chosen: bool) -> tuple[Any, ...]:
@@ -110,15 +113,20 @@ def show_matrix(cells: Sequence[Cell]) -> None:
     rows = []
     for band in bands:
         row = [by_place[band, model] for model in models]
-        rows.append((band, *(f"{cell.text}{' *' if cell.differs else ''}" for cell in row)))
+        rows.append((band, *(_plain(f"{cell.text}{' *' if cell.differs else ''}") for cell in row)))
     console.print(table(None, ["card", *models], rows, whole=range(len(models) + 1)))
     say(
-        "\n✅ comfortable   ⚠️ with micro-batch 1 and 1,024 tokens   ❌ does not fit   * the documented matrix differs:",
+        "\n✓ comfortable   ~ with micro-batch 1 and 1,024 tokens   ✗ does not fit   * the documented matrix differs:",
         style="dim",
     )
     for cell in cells:
         if cell.differs:
-            _item(f"{cell.band}, {cell.model}: {cell.text} instead of {cell.documented_text}. {cell.why}")
+            _item(_plain(f"{cell.band}, {cell.model}: {cell.text} instead of {cell.documented_text}. {cell.why}"))
+
+
+def _plain(text: str) -> str:
+    """The document's signs as characters that every terminal has, one column wide."""
+    return text.replace("✅", "✓").replace("⚠️", "~").replace("❌", "✗")
 
 
 # --- findings -----------------------------------------------------------------------------------------
