@@ -52,7 +52,8 @@ def test_running_out_of_memory_is_explained_with_figures_and_ranked_remedies(ben
     )
     assert (
         error.remedy
-        and error.remedy.startswith("1. set training.batch_size=2 and training.gradient_accumulation=2")
+        and "training.batch_size=2, training.gradient_accumulation=2; saves" in error.remedy
+        and error.remedy.startswith("1. ")
         and "2. " in error.remedy
     )
     assert 0 < error.context["peak_memory_bytes"] < error.context["capacity_bytes"]

@@ -220,7 +220,9 @@ def _loading_errors(snapshot: Snapshot) -> Iterator[None]:
     except ImportError as error:
         raise screening.unsupported(snapshot.base, f"a package it needs is missing ({_first_line(error)})", None) from error
     except (RuntimeError, ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or any(
+            sign in str(error) for sign in ("allocate memory", "start new thread")
+        ):
             raise
         raise screening.corrupt(snapshot.path, f"could not be loaded: {_first_line(error)}") from error
 

@@ -410,26 +410,20 @@ def is_out_of_memory(error: BaseException) -> bool:
             "cannot allocate memory",
             "bad_alloc",
             "std::bad_alloc",
+            "can't start new thread",  # no address space left for its stack
         )
     )
 
 
 def explain_out_of_memory(error: BaseException, training: Training | None = None) -> FineTuneFlowError:
-    """The error with remedies, cheapest first."""
-    remedies = ["lower data.max_length", "use method qlora", "turn training.gradient_checkpointing on", "close other programs"]
-    if training is not None and (smaller := smaller_batch(training)) is not None:
-        remedies.insert(
-            0,
-            f"set training.batch_size={smaller.batch_size} and training.gradient_accumulation={smaller.gradient_accumulation} "
-            "(the same effective batch), or training.oom=retry to have that done",
-        )
+    """The error with what was used, and the batch it was used for; `run.py` adds the remedies, computed for the run."""
     memory = {**memory_now(), "capacity_bytes": memory_capacity()}
+    if training is not None:
+        memory |= {"batch_size": training.batch_size, "gradient_accumulation": training.gradient_accumulation}
     return TrainingError(
         "OUT_OF_MEMORY",
         f"Memory ran out: {memory['peak_memory_bytes'] / 1e9:.2f} GB were used at the peak of {memory['capacity_bytes'] / 1e9:.1f} GB.",
         where=str(error).splitlines()[0][:200] if str(error) else None,
-        remedy="; ".join(f"{n}. {text}" for n, text in enumerate(remedies, 1))
-        + ". `ftf resume` goes on from the last checkpoint.",
         context=memory,
     )
 

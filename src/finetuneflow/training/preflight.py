@@ -6,6 +6,7 @@ clearly more memory than there is does not start (`training.memory_check`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,26 @@ def cheapest_fix(situation: Situation) -> str:
         return "Take a smaller base model."
     options = " ".join(f"--set {key}={value}" for key, value in remedy.settings.items())
     return f"{remedy.text}{f' Saves {remedy.saves}.' if remedy.saves else ''}{f' Add {options}.' if options else ''}"
+
+
+REMEDIES_SHOWN = 4
+
+
+def memory_remedies(config: RunConfig, workspace: Workspace, failure: FineTuneFlowError, run: str) -> str:
+    """What to change after memory ran out, mildest first, with the predicted savings where they can be predicted."""
+    batch: dict[str, Any] = {
+        key: failure.context[key] for key in ("batch_size", "gradient_accumulation") if key in failure.context
+    }
+    config = config.model_copy(update={"training": config.training.model_copy(update=batch)})  # after halving, not as configured
+    situation = None
+    with contextlib.suppress(Exception):  # so soon after running out, anything may fail once more
+        situation = look(config, workspace=workspace, network=False).situation
+    found = diagnose_failure(failure.code, failure.where or "", situation).remedies
+    lines = [
+        f"{number}. {remedy.text}"
+        + (f" ({', '.join(f'{key}={value}' for key, value in remedy.settings.items())}" if remedy.settings else "")
+        + (f"; saves {remedy.saves}" if remedy.saves else "")
+        + (")" if remedy.settings else "")
+        for number, remedy in enumerate(found[:REMEDIES_SHOWN], 1)
+    ]
+    return "\n  ".join([*lines, f"`ftf resume` goes on from the last checkpoint; `ftf explain {run}` says more."])

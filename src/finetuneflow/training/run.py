@@ -85,6 +85,8 @@ def _attempt(
     accept_changes: bool,
 ) -> RunResult:
     """One attempt: holds the run's lock, and leaves a last event that tells how it ended."""
+    from finetuneflow.training.preflight import memory_remedies
+
     with directory_lock(run_dir), EventLog(run_dir / "events.jsonl", list(sinks)) as log:
         attempt = 1 + sum(event["event"] == "started" for event in read_events(log.path))
         log.emit("started", attempt=attempt, run=run_dir.name, pid=os.getpid(), resuming=resuming)
@@ -95,6 +97,8 @@ def _attempt(
             )
         except BaseException as error:
             failure = _as_failure(error)
+            if failure.code == "OUT_OF_MEMORY":
+                failure.remedy = memory_remedies(config, workspace, failure, run_dir.name)
             with contextlib.suppress(StorageError):  # a disk without room for these words must not hide them
                 if failure.code == "TRAINING_FAILED":
                     write_atomic(run_dir / "traceback.txt", traceback.format_exc())
