@@ -203,8 +203,8 @@ def measure(index: int, folder: str, device: str) -> None:
 def predict(setting: Setting, measured: dict[str, Any], device: str, memory_bytes: int) -> dict[str, Any]:
     """The estimate as planning asks for it: from the model's config.json, the run file, the machine and the data's figures."""
     from finetuneflow.config import build_config
-    from finetuneflow.knowledge.shapes import shape_from_config
     from finetuneflow.knowledge.memory import estimate
+    from finetuneflow.knowledge.shapes import shape_from_config
     from finetuneflow.knowledge.values import DataFacts, Device, Machine
 
     machine = Machine((Device(device, device, memory_bytes, bf16=measured["bf16"]),), memory_bytes, cores=2)  # type: ignore[arg-type]

@@ -44,6 +44,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with a dataset and a workspace that holds one run."""
+    (tmp_path / "run.yaml").write_text("data: {train: d.jsonl}\ntraining: {epochs: 1}\n")
     (tmp_path / "d.jsonl").write_text('{"instruction": "Hello?", "output": "Hello."}\n' * 2)
     run_dir = tmp_path / "ftf-workspace" / "runs" / "one"
     run_dir.mkdir(parents=True)
@@ -64,6 +65,15 @@ def place(tmp_path: Path) -> Path:
         ("stop", "one", "--json"),
         ("config",),
         ("explain", "RUN_BUSY"),
+        ("explain", "LR_FULL_RATE_ON_ADAPTER", "--json"),
+        ("plan", "--model", "starter", "--data", "d.jsonl", "--json"),
+        ("plan", "--model", "70B", "--gpu", "A100", "--count", "8"),
+        ("plan", "--matrix"),
+        ("lint", "run.yaml", "--json"),
+        ("score", "run.yaml"),
+        ("recipes",),
+        ("recipes", "show", "qlora"),
+        ("diff", "alpaca", "run.yaml"),
     ],
     ids=lambda arguments: " ".join(arguments),
 )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from finetuneflow.evaluation.suite import load_suite as load_suite
     from finetuneflow.export import export as export
     from finetuneflow.inference import load_generator as load_generator
+    from finetuneflow.planning import lint as lint
+    from finetuneflow.planning import plan as plan
     from finetuneflow.training.run import resume as resume
     from finetuneflow.training.run import train as train
     from finetuneflow.workspace import Workspace as Workspace
@@ -38,6 +40,8 @@ _FACE = {
     "load_suite": ("finetuneflow.evaluation.suite", "load_suite"),
     "export": ("finetuneflow.export", "export"),
     "load_generator": ("finetuneflow.inference", "load_generator"),
+    "lint": ("finetuneflow.planning", "lint"),
+    "plan": ("finetuneflow.planning", "plan"),
     "resume": ("finetuneflow.training.run", "resume"),
     "train": ("finetuneflow.training.run", "train"),
     "Workspace": ("finetuneflow.workspace", "Workspace"),

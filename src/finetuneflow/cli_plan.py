@@ -92,7 +92,7 @@ def plan(
         else:
             show_matrix(cells)
         return
-    from finetuneflow.knowledge.recommend import options, whether_to_tune
+    from finetuneflow.knowledge.advice import whether_to_tune
 
     overrides = [*([f"model.base={_quoted(model)}"] if model else []), *(set_ or [])]
     settings, origins = read_settings(config, recipe, overrides)
@@ -100,19 +100,8 @@ def plan(
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"train": [str(path) for path in data]})})
         origins["data.train"] = "yours"
     seen = look(settings, origins, workspace=Workspace(workspace), gpu=gpu, count=count, network=not offline)
-    situation = seen.situation
-    assert situation.machine is not None
-    found = options(
-        seen.base.shape,
-        settings,
-        situation.machine,
-        situation.data,
-        origins=origins,
-        country=settings.training.country,
-        efficiency=seen.learned.efficiency,
-        correction=seen.learned.memory_correction,
-    )
-    advice = whether_to_tune(situation.data, settings, goal)
+    found = seen.plan()
+    advice = whether_to_tune(seen.situation.data, settings, goal)
     if as_json:
         print_json({**found.to_dict(), "advice": advice.to_dict(), "notes": [*seen.notes, *found.notes]})
     else:

@@ -22,9 +22,11 @@ from finetuneflow.hardware import Cpu, Gpu, Hardware, probe
 from finetuneflow.knowledge import facts
 from finetuneflow.knowledge.cost import Cost, Efficiency, efficiency_from, estimate_cost, share_reached
 from finetuneflow.knowledge.explain import Diagnosis, diagnose
+from finetuneflow.knowledge.lint import check
 from finetuneflow.knowledge.memory import correction_from
 from finetuneflow.knowledge.outcome import compare
-from finetuneflow.knowledge.situation import Situation, completed
+from finetuneflow.knowledge.recommend import Plan, options
+from finetuneflow.knowledge.situation import Finding, Situation, completed
 from finetuneflow.knowledge.values import DataFacts, Device, Machine
 from finetuneflow.planning.base_model import BaseModel, look_at_model, read_json
 from finetuneflow.planning.sample import load_tokenizer, look_at_data
@@ -57,6 +59,31 @@ class Look:
             efficiency=self.learned.efficiency,
             country=self.situation.config.training.country,
         )
+
+    def plan(self) -> Plan:
+        """Every way to fine-tune this model on this machine, each at its fastest setting that fits, and which to choose."""
+        situation = self.situation
+        assert situation.machine is not None
+        return options(
+            self.base.shape,
+            situation.config,
+            situation.machine,
+            situation.data,
+            origins=situation.origins,
+            country=situation.config.training.country,
+            efficiency=self.learned.efficiency,
+            correction=self.learned.memory_correction,
+        )
+
+
+def plan(config: RunConfig, **where: Any) -> Plan:
+    """What fits, how long it takes, what it costs: `Plan.options` and `Plan.choice`. `where`: as for `look` (gpu, count, …)."""
+    return look(config, **where).plan()
+
+
+def lint(config: RunConfig, origins: Mapping[str, Origin] | None = None, **where: Any) -> list[Finding]:
+    """What is wrong or doubtful in a run before it starts, errors first. `where`: as for `look` (gpu, count, …)."""
+    return check(look(config, origins, **where).situation)
 
 
 def look(
