@@ -45,7 +45,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def place(tmp_path: Path) -> Path:
     """A folder with a dataset and a workspace that holds one run."""
     (tmp_path / "run.yaml").write_text("data: {train: d.jsonl}\ntraining: {epochs: 1}\n")
-    (tmp_path / "d.jsonl").write_text('{"instruction": "Hello?", "output": "Hello."}\n' * 2)
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"instruction": "Hello {n}?", "output": "Hello."}}\n' for n in range(2)))
     run_dir = tmp_path / "ftf-workspace" / "runs" / "one"
     run_dir.mkdir(parents=True)
     (run_dir / "run.yaml").write_text("name: one\n")

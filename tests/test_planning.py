@@ -891,3 +891,18 @@ print([name for name in ("torch", "transformers", "peft", "trl", "accelerate", "
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_run_file_that_ran_on_another_number_of_devices_is_noticed(tmp_path: Path) -> None:
+    from finetuneflow.knowledge.lint import check
+
+    workspace = Workspace(tmp_path)
+    config, origins = build_config({"name": "many", "training": {"batch_size": 8}})
+    for run, devices in (("many-20260101-001", 2), ("many-20260102-001", 8), ("many-more-20260103-001", 1)):
+        write_json(workspace.runs_dir / run / "plan.json", {"devices": devices})
+        (workspace.runs_dir / run / "run.yaml").write_text("name: many\n")
+    seen = planning.look(config, origins, workspace=workspace, gpu="RTX 4090", count=2, network=False)
+    assert seen.situation.device_count_before == 8
+    assert "GPU_COUNT_CHANGED" in {finding.code for finding in check(seen.situation)}
+    alike = planning.look(config, origins, workspace=workspace, gpu="RTX 4090", count=8, network=False)
+    assert "GPU_COUNT_CHANGED" not in {finding.code for finding in check(alike.situation)}

@@ -22,6 +22,7 @@ from finetuneflow.knowledge.memory_phases import Strategy
 from finetuneflow.knowledge.resolve import Resolved, resolve, resolve_on
 from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.shapes.targets import adapter_parameters
+from finetuneflow.knowledge.steps import steps_of
 from finetuneflow.knowledge.values import DataFacts, Machine, ModelFacts
 
 Level = Literal["error", "warning", "advice"]
@@ -238,14 +239,10 @@ def _estimate(s: Situation) -> Estimate | None:
 
 
 def _steps(s: Situation) -> int | None:
-    """Optimizer steps as transformers' trainer counts them: the last, smaller step of an epoch counts too."""
-    training = s.config.training
-    if training.max_steps is not None:
-        return training.max_steps
+    """Optimizer steps in all; those of `max_steps` where the size of the data is not known."""
     if s.data is None or s.data.examples < 1:
-        return None
-    micro_batches = math.ceil(s.data.examples / (training.batch_size * s.devices))
-    return math.ceil(training.epochs * max(1, math.ceil(micro_batches / training.gradient_accumulation)))
+        return s.config.training.max_steps
+    return steps_of(s.config, s.data, s.devices).steps
 
 
 # --- settings by dotted name --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -120,12 +121,22 @@ def look(
         data=data,
         cpu_threads=threads or config.training.threads,
         added_tokens=added,
+        device_count_before=_devices_before(workspace or Workspace(), config.name),
         correction=learned.memory_correction,
     )
     return Look(completed(situation), base, learned, (*base.notes, *notes, *learned.notes))
 
 
 # --- earlier runs -------------------------------------------------------------------------------------
+
+
+def _devices_before(workspace: Workspace, name: str) -> int | None:
+    """On how many devices the newest run of that name was planned."""
+    for run in reversed(workspace.run_names()):
+        if re.fullmatch(rf"{re.escape(name)}-\d{{8}}-\d+", run):
+            count = (read_json(workspace.runs_dir / run / "plan.json") or {}).get("devices")
+            return count if isinstance(count, int) and count > 0 else None
+    return None
 
 
 @dataclass(frozen=True, slots=True)
