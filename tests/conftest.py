@@ -10,7 +10,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
+
+# On shared cores a slow draw or a slow example says nothing about the code.
+hypothesis.settings.register_profile("shared-cores", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("shared-cores")
 
 SHARED_DATA = Path(os.environ.get("FTF_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

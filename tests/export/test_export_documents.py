@@ -312,3 +312,29 @@ def test_a_run_record_without_setup_still_names_the_device(new_run: RunMaker) ->
         {"hardware": {"gpus": gpus, "cpu": {"model": "X"}}, "setup": {"device": "cpu", "threads": 4}},
     )
     assert read_run(run_dir).device == "none; CPU: X, 4 thread(s)"
+
+
+def test_the_report_tells_what_was_predicted_and_what_was_measured(tmp_path: Path) -> None:
+    import json
+
+    from finetuneflow.export.report import write_report
+
+    run = make_run(tmp_path, steps=2)
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics |= {
+        "peak_memory_bytes": 2_000_000_000,
+        "train_runtime": 100.0,
+        "energy": {"kwh": 0.25, "co2_kg": 0.1, "source": "a meter"},
+    }
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    plan = {
+        "memory": {"total_bytes": 1_500_000_000, "uncertain_bytes": 1_000_000_000},
+        "training_seconds": 110.0,
+        "cost": {"energy_kwh": 0.2, "co2_kg": 0.08},
+        "findings": [{"code": "LR_X", "level": "warning", "field": "f", "found": "It is | high", "why": "Because."}],
+    }
+    (run / "plan.json").write_text(json.dumps(plan))
+    text = write_report(run).read_text()
+    assert "| Peak memory | 1.50 GB | 2.00 GB | -25 % |" in text and "+10 %" in text
+    assert "| Energy | 0.2 kWh | 0.25 kWh | |" in text and "| CO2 | 0.08 kg | 0.1 kg | |" in text and "a meter" in text
+    assert "- warning LR\\_X: It is \\| high. Because." in text

@@ -123,8 +123,8 @@ def _energy_rows(record: RunRecord) -> list[str]:
     predicted = cost if isinstance(cost, dict) else {}
     measured = record.metrics.get("energy") or {}
     rows = []
-    for label, key, unit in (("Energy", "energy_kwh", "kWh"), ("CO2", "co2_kg", "kg")):
-        cells = [_amount(predicted.get(key), unit), _amount(measured.get(key), unit)]
+    for label, expected, seen, unit in (("Energy", "energy_kwh", "kwh", "kWh"), ("CO2", "co2_kg", "co2_kg", "kg")):
+        cells = [_amount(predicted.get(expected), unit), _amount(measured.get(seen), unit)]
         if any(cell != "not measured" for cell in cells):
             rows.append(f"| {label} | {cells[0].replace('not measured', 'not predicted')} | {cells[1]} | |")
     if source := measured.get("source"):
