@@ -98,6 +98,8 @@ def _show_choice(option: Option) -> None:
     if option.hours_range:
         low, high = option.hours_range
         say(f"  between {_hours(low)} and {_hours(high)}")
+    if option.energy_kwh is not None and option.co2_kg is not None:
+        say(f"  energy about {option.energy_kwh:.2g} kWh, {option.co2_kg:.2g} kg of CO2")
     parts = sorted(option.breakdown.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name.replace('_', ' ')} {human_bytes(size)}" for name, size in parts[:LARGEST_PARTS])
     say(f"  memory: {shown}" + (f" and {len(parts) - LARGEST_PARTS} more" if len(parts) > LARGEST_PARTS else ""))

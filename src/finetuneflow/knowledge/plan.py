@@ -36,6 +36,8 @@ class Option:
     hours: float | None
     hours_range: tuple[float, float] | None
     cost_usd: float | None
+    energy_kwh: float | None
+    co2_kg: float | None
     quality: Quality
     settings: dict[str, Any]
     why: dict[str, str]
@@ -59,6 +61,8 @@ class Option:
             "hours": self.hours,
             "hours_range": list(self.hours_range) if self.hours_range else None,
             "cost": self.cost_usd,
+            "energy_kwh": self.energy_kwh,
+            "co2_kg": self.co2_kg,
             "quality": self.quality.to_dict(),
             "settings": dict(self.settings),
             "why": dict(self.why),

@@ -292,6 +292,8 @@ def _option(asked: Asked, variant: Variant, strategies: Sequence[Strategy]) -> O
         hours=_hours(cost.seconds[1]) if cost else None,
         hours_range=(_hours(cost.seconds[0]), _hours(cost.seconds[2])) if cost else None,
         cost_usd=round(cost.price_usd, 2) if cost and cost.price_usd is not None else None,
+        energy_kwh=cost.energy_kwh if cost else None,
+        co2_kg=cost.co2_kg if cost else None,
         quality=replace(quality, research=f"{quality.research} {variant.research}".strip()),
         settings=values_of(chosen),
         why={key: choice.reason for key, choice in chosen.items()},

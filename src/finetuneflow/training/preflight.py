@@ -98,13 +98,21 @@ def why_not(seen: Look) -> HardwareError | None:
 
 
 def cheapest_fix(situation: Situation) -> str:
-    """The mildest change of settings that is predicted to fit, as a sentence with its command."""
+    """The mildest change of settings that is predicted to fit, as a sentence with its options."""
+    finding = next((finding for finding in check(situation) if finding.code == "MEMORY_DOES_NOT_FIT" and finding.fix), None)
+    if finding is not None:
+        after = situation.memory_with(finding.fix)
+        needs = f" It is predicted to need {after.total_bytes / 1e9:.1f} GB." if after else ""
+        return f"The cheapest change that fits: add {_options(finding.fix)}.{needs}"
     found = diagnose_failure("OUT_OF_MEMORY", "", situation).remedies
     remedy = next((remedy for remedy in found if remedy.enough), found[0] if found else None)
     if remedy is None:
         return "Take a smaller base model."
-    options = " ".join(f"--set {key}={value}" for key, value in remedy.settings.items())
-    return f"{remedy.text}{f' Saves {remedy.saves}.' if remedy.saves else ''}{f' Add {options}.' if options else ''}"
+    return remedy.text + (f" Add {_options(remedy.settings)}." if remedy.settings else "")
+
+
+def _options(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"--set {key}={value}" for key, value in settings.items())
 
 
 REMEDIES_SHOWN = 4
