@@ -95,6 +95,7 @@ def test_a_plan_is_written_as_a_run_file_with_a_reason_beside_each_value(ftf: Ft
     assert all(re.match(r"(default|recipe|recommended|yours): \S", reason) for reason in reasons[1:]), reasons
     assert any(reason.startswith("recommended: ") for reason in reasons)
     assert ftf("lint", "run.yaml", "--json").code == 0
+    assert not {finding["code"] for finding in ftf("lint", "run.yaml", "--json").json} & {"METHOD_SETTING_WITHOUT_EFFECT"}
 
 
 def test_an_existing_file_is_not_replaced_unasked(ftf: Ftf, place: Path) -> None:

@@ -133,9 +133,13 @@ class Situation:
         """Whether the user (or a recipe they took) set one of these."""
         return any(self._is_chosen(key) for key in keys)
 
+    def differs(self, key: str) -> bool:
+        """Whether a setting has another value than its default."""
+        return bool(value_of(self.config, key) != _defaults()[key])
+
     def _is_chosen(self, key: str) -> bool:
         if self.origins is None:
-            return bool(value_of(self.config, key) != _defaults()[key])
+            return self.differs(key)
         return any(
             origin in ("yours", "recipe") for name, origin in self.origins.items() if name == key or name.startswith(f"{key}.")
         )

@@ -318,7 +318,8 @@ def base_not_frozen(s: Situation) -> Hit | None:
 @rule("METHOD_SETTING_WITHOUT_EFFECT", "advice", "A setting that the method does not read")
 def method_setting_without_effect(s: Situation) -> Hit | None:
     kind = s.config.method.kind
-    named = [f"method.{key}" for key in IGNORED[kind] if s.chosen(f"method.{key}")]
+    # A complete run file names every setting: only one that was changed was meant to do something.
+    named = [f"method.{key}" for key in IGNORED[kind] if s.chosen(f"method.{key}") and s.differs(f"method.{key}")]
     if not named:
         return None
     return Hit(
