@@ -215,3 +215,12 @@ def test_damaged_plans_of_earlier_runs_do_not_stop_a_run(bench: Bench) -> None:
         (first / "plan.json").write_text(content)
         assert bench.train(training__max_steps=1).status == "succeeded"
         bench.newest().joinpath("plan.json").unlink()
+
+
+def test_a_mistake_in_the_prediction_does_not_stop_a_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("finetuneflow.training.preflight.look", broken)
+    assert bench.train(training__max_steps=2).status == "succeeded"
+    assert [warning["code"] for warning in bench.seen("warning")].count("PLAN_FAILED") == 1

@@ -33,9 +33,11 @@ def preflight(
             config, origins, workspace=workspace, machine=machine_here(device=setup.device), network=False, threads=setup.threads
         )
         plan = plan_record(seen)
-    except FineTuneFlowError as error:
-        # What is wrong with data or model is said by their own stages, with more care than a sample allows.
-        emit("warning", code="PLAN_FAILED", message=f"No prediction could be made: {error.message}", advice="")
+    except Exception as error:
+        # What is wrong with data or model is said by their own stages, with more care than a sample allows; a mistake of
+        # ours in the advice is no reason to keep somebody from training.
+        reason = error.message if isinstance(error, FineTuneFlowError) else f"{type(error).__name__}: {error}"
+        emit("warning", code="PLAN_FAILED", message=f"No prediction could be made: {reason}", advice="")
         return
     write_json(run_dir / "plan.json", plan)
     emit(
@@ -49,7 +51,7 @@ def preflight(
 
 
 def plan_record(seen: Look) -> dict[str, Any]:
-    """What was known before the run, as `plan.json` keeps it; `uncorrected`: as if no earlier run had taught anything."""
+    """What was known before the run, as `plan.json` keeps it; `correction`: what earlier runs had taught by then."""
     situation, estimate = seen.situation, seen.situation.estimate
     cost = seen.cost_with()
     return {
