@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import pytest
 
+from face import ftf as ftf  # a fixture of all tests
+
 # On shared cores a slow draw or a slow example says nothing about the code.
 hypothesis.settings.register_profile("shared-cores", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("shared-cores")

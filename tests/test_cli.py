@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from export.run_dir import make_run
+from face import Answer, Ftf
 from finetuneflow import cli
 from finetuneflow.config import build_config, load_config
 from finetuneflow.errors import CODES
@@ -31,37 +30,6 @@ SETTINGS = {
     },
     "evaluation": {"samples": 2, "max_new_tokens": 8},
 }  # fmt: skip
-
-
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Standard output as exactly one JSON document."""
-        return json.loads(self.out)
-
-
-Ftf = Callable[..., Answer]
-
-
-@pytest.fixture
-def ftf(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ftf:
-    """Calls the entry point in this process, as a pipe would see it; everything written to both streams is kept."""
-    monkeypatch.delenv("COLUMNS", raising=False)
-
-    def call(*arguments: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["ftf", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Answer(int(ended.value.code or 0), out, err)
-
-    return call
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from export.run_dir import make_run
-from finetuneflow import cli
+from face import Answer, Ftf
 from finetuneflow.config import RunConfig, load_config
 from finetuneflow.errors import CODES
 from finetuneflow.knowledge.lint import RULES
@@ -23,35 +19,10 @@ ROOT = Path(__file__).parents[1]
 BAD = sorted((ROOT / "examples" / "bad").glob("*.yaml"))
 
 
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Ftf = Callable[..., Answer]
-
-
-@pytest.fixture
-def ftf(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ftf:
-    """Calls the entry point in this process, as a pipe would see it."""
+@pytest.fixture(autouse=True)
+def wide(ftf: Ftf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are not cut."""
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def call(*arguments: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["ftf", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Answer(int(ended.value.code or 0), out, err)
-
-    return call
 
 
 @pytest.fixture

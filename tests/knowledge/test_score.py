@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from finetuneflow.config import RunConfig, build_config
 from finetuneflow.errors import ConfigError
-from finetuneflow.knowledge.score import Score, Setup, judge, parse_count, score, score_config, setup_of
+from finetuneflow.knowledge.score import Score, Setup, judge, parse_count, score, setup_of
 from finetuneflow.knowledge.setups import DOCUMENTED_MARKS, documented_setups
 from finetuneflow.knowledge.shapes import shape_from_size
 from finetuneflow.knowledge.values import GB, DataFacts, Device, Machine
@@ -369,7 +369,7 @@ def test_steps_warm_up_and_the_lowered_rate_of_a_run_file() -> None:
 
 
 def test_a_run_on_the_processor_is_scored_without_cards() -> None:
-    result = score_config(config(), shape_from_size("124M"), machine(0), DataFacts(examples=1_000))
+    result = score(setup_of(config(), shape_from_size("124M"), machine(0), DataFacts(examples=1_000)))
     assert isinstance(result, Score) and [c.name for c in result.criteria if c.score is None] == ["GPU use", "time"]
     assert 0 < result.overall <= 10
 

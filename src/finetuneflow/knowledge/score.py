@@ -1,7 +1,7 @@
 """A setup judged against documented practice: a mark, strengths, weaknesses, its place, and what would raise it.
 
     score          a setup given as figures
-    score_config   a run file on a machine
+    setup_of       the figures of a run file on a machine
 
 The criteria are in `criteria.py`, the documented setups in `setups.py`.
 """
@@ -31,7 +31,7 @@ from finetuneflow.knowledge.setups import COMPARED, LARGEST, Position, Setup, pa
 from finetuneflow.knowledge.shapes import ModelShape
 from finetuneflow.knowledge.values import GB, DataFacts, Machine
 
-__all__ = ["Criterion", "Improvement", "Score", "Setup", "judge", "parse_count", "score", "score_config", "setup_of"]
+__all__ = ["Criterion", "Improvement", "Score", "Setup", "judge", "parse_count", "score", "setup_of"]
 
 STRONG, WEAK = 9.0, 7.0  # marks from and up to which a criterion is named a strength or a weakness
 ABOVE_LOWEST = 4.0  # one failing criterion is not averaged away: the overall mark is at most that far above the lowest
@@ -238,17 +238,3 @@ def setup_of(
         duplicate_share=data.duplicate_share or 0.0,
         memory_gb=machine.device.memory_bytes / GB if gpus else None,
     )
-
-
-def score_config(
-    config: RunConfig,
-    shape: ModelShape,
-    machine: Machine,
-    data: DataFacts,
-    *,
-    steps: int | None = None,
-    hours: float | None = None,
-    resolved: Resolved | None = None,
-) -> Score:
-    """`score` of what `setup_of` makes of a run file."""
-    return score(setup_of(config, shape, machine, data, steps=steps, hours=hours, resolved=resolved))
