@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from finetuneflow.data import prepare as preparing
+from finetuneflow.data.preferences import Pairing
 from finetuneflow.data.prepare import Prepared, Recipe, prepare
 from finetuneflow.data.spool import Spool
 from finetuneflow.data.templates import Template, resolve_template
@@ -92,6 +93,9 @@ CHANGES: dict[str, Callable[[Kitchen, Recipe], Recipe]] = {
     "kinds": lambda kitchen, recipe: replace(recipe, takes=frozenset({"chat"})),
     "length": lambda kitchen, recipe: replace(recipe, policy=Policy(max_length=100)),
     "supervised": lambda kitchen, recipe: replace(recipe, policy=Policy(supervise="all")),
+    "form": lambda kitchen, recipe: replace(recipe, form="prompt"),
+    "pairing": lambda kitchen, recipe: replace(recipe, pairing=Pairing(min_rating_gap=1)),
+    "replayed file": lambda kitchen, recipe: replace(recipe, replay=(kitchen.file("general.jsonl", rows(9, start=90)),)),
     "mapping": lambda kitchen, recipe: replace(recipe, mapping={"prompt": "output", "answer": "instruction"}),
 }
 
@@ -100,7 +104,8 @@ CHANGES: dict[str, Callable[[Kitchen, Recipe], Recipe]] = {
 def test_whatever_shapes_the_tokens_gives_them_another_place(kitchen: Kitchen, recipe: Recipe, change: str) -> None:
     before = kitchen.cook(recipe)
     after = kitchen.cook(CHANGES[change](kitchen, recipe))
-    assert after.digest != before.digest and after.folder != before.folder and kitchen.tokenized > 0
+    assert after.digest != before.digest and after.folder != before.folder
+    assert kitchen.tokenized > 0 or after.manifest["form"] == "prompt"  # prompts go another way through the tokenizer
 
 
 def test_another_tokenizer_template_or_version_of_our_code_gives_another_place(
@@ -273,3 +278,174 @@ def test_tokens_are_the_same_when_examples_do_not_fit_into_memory(tmp_path: Path
         )
         made.append((prepared.train.to_list(), prepared.eval.to_list(), prepared.manifest["rejected"]))
     assert made[0] == made[1] and len(made[0][0]) == 54
+
+
+# --- pairs, rated answers, prompts -----------------------------------------------------------------------------------
+
+
+def pairs(prompts: int, per_prompt: int = 1, *, start: int = 0) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"What is {n} plus {7 * n}?", "chosen": f"It is {8 * n}, surely.", "rejected": f"Perhaps {k} or {n + 1}."}
+        for n in range(start, start + prompts)
+        for k in range(per_prompt)
+    ]
+
+
+PAIR_COLUMNS = {
+    "index": "int64",
+    "chosen_ids": "list<item: int32>",
+    "chosen_labels": "list<item: int32>",
+    "rejected_ids": "list<item: int32>",
+    "rejected_labels": "list<item: int32>",
+    "prompt_length": "int32",
+    "length": "int32",
+    "place": "string",
+}
+RATED_COLUMNS = {
+    "index": "int64",
+    "input_ids": "list<item: int32>",
+    "labels": "list<item: int32>",
+    "label": "bool",
+    "prompt_length": "int32",
+    "length": "int32",
+    "place": "string",
+}
+PROMPT_COLUMNS = {
+    "index": "int64",
+    "input_ids": "list<item: int32>",
+    "length": "int32",
+    "place": "string",
+    "messages": "string",
+    "answer": "string",
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "columns", "size"), [("pair", PAIR_COLUMNS, 20), ("rated", RATED_COLUMNS, 40), ("prompt", PROMPT_COLUMNS, 20)]
+)
+def test_each_form_has_its_columns_and_is_found_again(kitchen: Kitchen, form: Any, columns: dict[str, str], size: int) -> None:
+    recipe = Recipe(train=(kitchen.file("pairs.jsonl", pairs(20)),), form=form, eval_fraction=0.0)
+    prepared = kitchen.cook(recipe)
+    assert {field.name: str(field.type) for field in prepared.train.data.schema} == columns
+    assert len(prepared.train) == size == prepared.manifest["train_rows"] and prepared.manifest["form"] == form
+    assert list(prepared.train["index"]) == list(range(size)) and prepared.place(size - 1).endswith(":20")
+    assert kitchen.cook(recipe).train[:] == prepared.train[:]
+
+
+def test_a_pair_in_the_file_equals_transformers_rendering(kitchen: Kitchen) -> None:
+    tokenizer = tiny_tokenizer()
+    source = pairs(5)
+    prepared = kitchen.cook(Recipe(train=(kitchen.file("pairs.jsonl", source),), form="pair", eval_fraction=0.0))
+    for row, given in zip(prepared.train, source, strict=True):
+        for side in ("chosen", "rejected"):
+            turns = [{"role": "user", "content": given["prompt"]}, {"role": "assistant", "content": given[side]}]
+            assert row[f"{side}_ids"] == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+            learned = [label for label in row[f"{side}_labels"] if label != -100]
+            assert tokenizer.decode(learned).strip() == f"{given[side]}<|im_end|>"
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+        assert row["chosen_ids"][: row["prompt_length"]] == prompt == row["rejected_ids"][: row["prompt_length"]]
+        assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+@pytest.mark.parametrize("form", ["pair", "rated", "prompt"])
+def test_no_prompt_is_on_both_sides_of_the_split(kitchen: Kitchen, form: Any) -> None:
+    name = kitchen.file("pairs.jsonl", pairs(30, per_prompt=3))
+    prepared = kitchen.cook(Recipe(train=(name,), form=form, eval_fraction=0.2))
+    tokenizer = tiny_tokenizer()
+
+    def prompts(rows: Any) -> set[str]:
+        key = "chosen_ids" if form == "pair" else "input_ids"
+        return {tokenizer.decode(ids).split("<|im_end|>")[0] for ids in rows[key]}
+
+    assert len(prompts(prepared.train)) + len(prompts(prepared.eval)) == 30
+    assert not prompts(prepared.train) & prompts(prepared.eval)
+    kinds = {json.loads(line)["kind"] for line in (prepared.folder / "eval.jsonl").read_text().splitlines()}
+    assert kinds == {"unpaired" if form == "rated" else "preference"}
+
+
+def test_a_prompt_that_was_trained_on_is_a_leak(kitchen: Kitchen) -> None:
+    train = kitchen.file("train.jsonl", pairs(10))
+    other = [{"prompt": "What is 3 plus 21?", "chosen": "A sum that has nothing in common.", "rejected": "Ask somebody else!"}]
+    held = kitchen.file("held.jsonl", [*other, *pairs(2, start=90)])
+    kitchen.cook(Recipe(train=(train,), eval=(held,), form="pair"))
+    (warning,) = [event for event in kitchen.events if event.get("code") == "EVAL_LEAK"]
+    assert warning["message"].startswith("1 evaluation examples") and "prompt" in warning["message"]
+
+
+def test_what_is_set_aside_does_not_count_as_rejected(kitchen: Kitchen) -> None:
+    rated = [
+        {"prompt": f"Why {n}?", "response": f"reason {score} of {n}", "score": score}
+        for n in range(10)
+        for score in ((1, 5) if n < 4 else (3,))
+    ]
+    prepared = kitchen.cook(Recipe(train=(kitchen.file("rated.jsonl", rated),), form="pair", eval_fraction=0.0))
+    manifest = prepared.manifest
+    assert len(prepared.train) == 4 and manifest["rejected"] == {} and manifest["not_for_this_objective"] == {"ROW_NO_PARTNER": 6}
+    assert manifest["ratings"] == {"rated_answers": 14, "rated_prompts": 10, "pairs_of_ratings": 4}
+    assert len((prepared.folder / "problems.jsonl").read_text().splitlines()) == 6
+    with pytest.raises(DataError) as caught:
+        kitchen.cook(Recipe(train=(kitchen.file("lone.jsonl", rated[8:]),), form="pair"))
+    assert caught.value.code == "TRAINING_NO_DATA" and "ROW_NO_PARTNER 6 set aside" in caught.value.message
+
+
+def test_what_preferences_teach_wrongly_is_said_also_for_tokens_out_of_the_cache(kitchen: Kitchen) -> None:
+    biased = [{**row, "chosen": row["chosen"] * 5} for row in pairs(6)]
+    recipe = Recipe(train=(kitchen.file("biased.jsonl", biased),), form="pair", eval_fraction=0.0)
+    for _ in range(2):
+        assert kitchen.cook(recipe).manifest["pairs"]["length_ratio"] > 1.5 and "LENGTH_BIAS" in kitchen.warnings()
+    labels = [{"prompt": f"Why {n}?", "completion": f"So {n}.", "label": n % 4 == 0} for n in range(40)]
+    rated = Recipe(train=(kitchen.file("labels.jsonl", labels),), form="rated", eval_fraction=0.0)
+    first = kitchen.cook(rated)
+    assert first.manifest["rated"] == {"good": 10, "bad": 30, "desirable_weight": 3.0, "undesirable_weight": 1.0}
+    assert "LABEL_BALANCE" in kitchen.warnings()
+    weighted = kitchen.cook(replace(rated, rated_weights=(3.0, 1.0)))
+    assert weighted.digest == first.digest and "LABEL_BALANCE" not in kitchen.warnings()
+
+
+def test_split_becomes_cut_for_pairs_with_a_note(kitchen: Kitchen) -> None:
+    name = kitchen.file("pairs.jsonl", pairs(5))
+    prepared = kitchen.cook(Recipe(train=(name,), form="pair", eval_fraction=0.0, policy=Policy(max_length=34, overlong="split")))
+    assert max(prepared.train["length"]) == 34 and prepared.manifest["tokens"]["cut"] == 5
+    assert any(event["event"] == "decision" and event["setting"] == "data.overlong" for event in kitchen.events)
+
+
+def test_prompts_alone_that_cannot_be_used_stop_the_run(kitchen: Kitchen) -> None:
+    recipe = Recipe(train=(kitchen.file("sums.jsonl", rows(5)),), form="prompt", eval_fraction=0.0, policy=Policy(max_length=8))
+    with pytest.raises(DataError) as caught:
+        kitchen.cook(recipe)
+    assert caught.value.code == "TRAINING_NO_DATA" and "ROW_PROMPT_TOO_LONG 5" in caught.value.message
+
+
+# --- replay ------------------------------------------------------------------------------------------------------------
+
+
+def general(count: int) -> list[dict[str, str]]:
+    return [{"question": f"Who wrote book {n} about {'abcdefgh'[n % 8] * 9}?", "answer": f"Writer {n}."} for n in range(count)]
+
+
+def test_a_share_of_the_training_examples_is_replayed_and_none_is_held_out(kitchen: Kitchen, recipe: Recipe) -> None:
+    name = kitchen.file("general.jsonl", general(50))
+    prepared = kitchen.cook(replace(recipe, replay=(name,), replay_share=0.25))
+    places = [prepared.place(index) for index in range(len(prepared.train))]
+    replayed = [place for place in places if "general.jsonl" in place]
+    assert (len(places), len(replayed), len(set(replayed))) == (48, 12, 12)  # 12 of 48 are a quarter
+    assert not any("general.jsonl" in place for place in prepared.eval["place"])
+    facts = prepared.manifest["replay"]
+    assert (facts["available"], facts["examples"], facts["share"]) == (50, 12, 0.25) and "general.jsonl" in str(prepared.files)
+    assert prepared.manifest["train_examples"] == 48
+    again = kitchen.cook(replace(recipe, replay=(name,), replay_share=0.25, seed=recipe.seed))
+    assert again.train[:] == prepared.train[:]
+
+
+def test_general_examples_that_are_held_out_are_not_replayed(kitchen: Kitchen, recipe: Recipe) -> None:
+    held = kitchen.file("held.jsonl", general(6))
+    name = kitchen.file("general.jsonl", general(10))
+    prepared = kitchen.cook(replace(recipe, eval=(held,), replay=(name,), replay_share=0.5))
+    facts = prepared.manifest["replay"]
+    assert facts["held_out_too"] == 6 and facts["examples"] == 4 and "REPLAY_TOO_SMALL" in kitchen.warnings()
+
+
+def test_only_supervised_rows_are_replayed(kitchen: Kitchen) -> None:
+    recipe = Recipe(train=(kitchen.file("pairs.jsonl", pairs(10)),), form="pair", eval_fraction=0.0)
+    prepared = kitchen.cook(replace(recipe, replay=(kitchen.file("more.jsonl", pairs(10, start=50)),)))
+    assert len(prepared.train) == 10 and "replay" not in prepared.manifest

@@ -82,3 +82,83 @@ class EpochSampler(Sampler[int]):
         rest = [row for group in groups if len(group) < size for row in group]  # at the end, or it would shift all that follow
         shuffled = torch.randperm(len(whole), generator=generator).tolist()
         return [row for number in shuffled for row in whole[number]] + rest
+
+
+class PairCollator:
+    """Pads pairs `{index, chosen_ids, chosen_labels, rejected_ids, rejected_labels}`: chosen answers first, rejected ones below.
+
+    Gives `input_ids`, `attention_mask` and `completion_mask` (1 where a token is learned) of shape (2 x pairs, length), as TRL's
+    trainers take them, and `row_ids` (pairs,). With `reference`, log-probabilities of the reference model by row, shape (rows, 2),
+    the pairs' own are added as `ref_chosen_logps` and `ref_rejected_logps` (pairs,).
+    """
+
+    def __init__(self, pad_token_id: int, *, reference: torch.Tensor | None = None) -> None:
+        self.sides = Collator(pad_token_id)
+        self.reference = reference
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        sides = [
+            {"index": row["index"], "input_ids": row[f"{side}_ids"], "labels": row[f"{side}_labels"]}
+            for side in ("chosen", "rejected")
+            for row in rows
+        ]
+        batch = completions(self.sides(sides))
+        batch["row_ids"] = batch["row_ids"][: len(rows)]
+        if self.reference is not None:
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = self.reference[batch["row_ids"]].unbind(dim=1)
+        return batch
+
+
+class RatedCollator:
+    """Pads rated answers `{index, input_ids, labels, prompt_length, label}` for KTO.
+
+    Beside the rows themselves come mismatched ones, each prompt with the answer of the row before it in the batch (`KL_…`): KTO
+    estimates the policy's divergence from the reference on answers that were not given to the prompt (Ethayarajh et al. 2024,
+    section 4.1). A mismatched row is cut to the longest row of the batch.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.plain = Collator(pad_token_id)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = completions(self.plain(rows))
+        longest = max(len(row["input_ids"]) for row in rows)
+        mismatched = completions(self.plain([_with_answer_of(row, rows[i - 1], longest) for i, row in enumerate(rows)]))
+        batch |= {f"KL_{name}": mismatched[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+        batch["label"] = torch.tensor([bool(row["label"]) for row in rows])
+        return batch
+
+
+def completions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch with its labels as a mask of the tokens that are learned."""
+    labels = batch.pop("labels")
+    return batch | {"completion_mask": (labels != IGNORED).long()}
+
+
+def _with_answer_of(row: dict[str, Any], other: dict[str, Any], longest: int) -> dict[str, Any]:
+    prompt = list(row["input_ids"][: row["prompt_length"]])
+    ids = [*prompt, *other["input_ids"][other["prompt_length"] :]]
+    labels = [IGNORED] * len(prompt) + list(other["labels"][other["prompt_length"] :])
+    return {"index": row["index"], "input_ids": ids[:longest], "labels": labels[:longest]}
+
+
+class RepeatedSampler(EpochSampler):
+    """Prompts in the order of `EpochSampler`, each `copies` times in a row, each group of `prompts` of them `rounds` times.
+
+    What TRL's group methods expect of a sampler: all answers to a prompt in one batch, the batch once per micro-step that uses
+    it. Prompts that do not fill a group at the end of an epoch wait for the next one.
+    """
+
+    def __init__(self, size: int, *, seed: int, copies: int, prompts: int = 1, rounds: int = 1, shuffle: bool = True) -> None:
+        super().__init__(size, seed=seed)
+        self.copies, self.prompts, self.rounds, self.shuffle = copies, prompts, rounds, shuffle
+
+    def __len__(self) -> int:
+        return self.size // self.prompts * self.prompts * self.copies * self.rounds
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(super().__iter__()) if self.shuffle else list(range(self.size))
+        for start in range(0, self.size // self.prompts * self.prompts, self.prompts):
+            for _ in range(self.rounds):
+                for index in order[start : start + self.prompts]:
+                    yield from [index] * self.copies

@@ -29,6 +29,9 @@ __all__ = [
     "Problem",
     "Role",
     "ToolCall",
+    "endings_of",
+    "message_json",
+    "prompt_of",
     "to_canonical",
     "to_examples",
     "visible",
@@ -95,6 +98,8 @@ class Example:
     - `preference`: `messages` is the shared prompt, `chosen` / `rejected` the two endings.
     - `unpaired` (KTO): `messages` is prompt + answer, `label` says whether the answer is good.
 
+    `rating` is what a rater gave the last answer of a chat, in the units of its file (higher is better); with the note
+    `ranked_only` it tells its rank among the answers to the same prompt alone, as 0, -1, -2, ….
     `group` ties examples that must stay on one side of a split (same document or tree);
     `shape` names the format it was read from; `notes` what was recognised and repaired.
     """
@@ -110,6 +115,22 @@ class Example:
     tools: tuple[dict[str, Any], ...] = ()
     group: str | None = None
     notes: tuple[str, ...] = field(default=())
+    rating: float | None = None
+
+
+def prompt_of(example: Example) -> tuple[Message, ...]:
+    """What the last answer of an example replies to; of a pair, what both endings reply to."""
+    if example.kind == "preference":
+        return example.messages
+    last = next((i for i in range(len(example.messages) - 1, -1, -1) if example.messages[i].role == "assistant"), 0)
+    return example.messages[:last]
+
+
+def endings_of(example: Example) -> tuple[tuple[Message, ...], ...]:
+    """What follows the prompt: chosen and rejected of a pair, the last answer of any other conversation."""
+    if example.kind == "preference":
+        return example.chosen, example.rejected
+    return (example.messages[len(prompt_of(example)) :],)
 
 
 # What `Example.notes` can hold: code -> what was recognised, and what was done about it.
@@ -133,6 +154,11 @@ NOTES: dict[str, str] = {
     "tool_call_without_result": "A tool call is followed by the user, without its result.",
     "tool_call_as_text": "A tool call is written as text inside an answer and stays text.",
     "bare_string": "A bare JSON string was read as a text to continue, not as a prompt.",
+    "best_of_several": "Several answers with scores are given; the best one was taken.",
+    "ranked_only": "The answer is ranked among the answers to the same prompt, not rated by itself.",
+    "pair_of_ratings": "A pair was made of two answers to one prompt by their ratings or ranks.",
+    "half_of_a_pair": "A preference pair was parted into a good and a bad answer.",
+    "label_of_rating": "Good or bad was decided by the answer's rating.",
     "replies_left_out": "Other branches of the conversation tree were left out (best-ranked path).",
 }
 
@@ -155,19 +181,25 @@ class Mapping:
     rejected: str | None = None
     label: str | None = None
     group: str | None = None
+    rating: str | None = None
 
 
 def to_examples(
-    rows: Iterable[Row | Problem], mapping: Mapping | None = None, *, tree_paths: Literal["best", "all"] = "best"
+    rows: Iterable[Row | Problem],
+    mapping: Mapping | None = None,
+    *,
+    tree_paths: Literal["best", "all"] = "best",
+    several_answers: bool = False,
 ) -> Iterator[Example | Problem]:
     """Turn rows of any known shape into examples, row by row; problems pass through in order.
 
     One row can give several examples (self-instruct instances; a conversation tree with `tree_paths="all"`), and rows
-    linked by parent ids give one example per tree, at the place of its first row.
+    linked by parent ids give one example per tree, at the place of its first row. With `several_answers`, trees and rows
+    that hold several scored answers to one prompt give every one of them with its rating, instead of the best.
     """
     from finetuneflow.data.shapes import ShapeReader  # shapes builds on the types above
 
-    reader = ShapeReader(mapping, tree_paths)
+    reader = ShapeReader(mapping, tree_paths, several_answers)
     for row in rows:
         if isinstance(row, Problem):
             yield row
@@ -179,11 +211,12 @@ def to_examples(
 def to_canonical(example: Example) -> dict[str, Any]:
     """The one JSON form every example has on disk; `to_examples` reads it back equal, places aside."""
     optional: dict[str, Any] = {
-        "messages": [_message_json(message) for message in example.messages],
+        "messages": [message_json(message) for message in example.messages],
         "text": example.text,
-        "chosen": [_message_json(message) for message in example.chosen],
-        "rejected": [_message_json(message) for message in example.rejected],
+        "chosen": [message_json(message) for message in example.chosen],
+        "rejected": [message_json(message) for message in example.rejected],
         "label": example.label,
+        "rating": example.rating,
         "tools": list(example.tools),
         "group": example.group,
         "notes": list(example.notes),
@@ -192,7 +225,8 @@ def to_canonical(example: Example) -> dict[str, Any]:
     return {"kind": example.kind, "shape": example.shape, **given}
 
 
-def _message_json(message: Message) -> dict[str, Any]:
+def message_json(message: Message) -> dict[str, Any]:
+    """One turn in the form of chat files; only what is given."""
     result: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         result["tool_calls"] = [_call_json(call) for call in message.tool_calls]

@@ -2,7 +2,8 @@
 
     files -> read_rows -> to_examples -> split -> tokenize -> Arrow files in the cache
 
-The cache folder is named by a hash over everything that shapes its content (file hashes, mapping, split,
+What a row holds depends on the form the objective asks for (`forms.COLUMNS`): conversations and documents, pairs, rated
+answers, or prompts. The cache folder is named by a hash over everything that shapes its content (file hashes, mapping, split,
 template, tokenizer, policy and our own code), and appears whole or not at all.
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +24,19 @@ from typing import Any, Literal
 import psutil
 
 from finetuneflow.data.examples import Example, Kind, Mapping, Problem, to_examples, write_canonical
+from finetuneflow.data.forms import KINDS, Form, prompt_fields, schema, side_fields, tokenize_prompts, tokenize_sides
+from finetuneflow.data.preferences import (
+    SET_ASIDE,
+    FormReader,
+    Pairing,
+    PairTally,
+    pair_findings,
+    rated_facts,
+    rated_findings,
+)
 from finetuneflow.data.sources import read_rows
 from finetuneflow.data.splits import leaks, split
-from finetuneflow.data.spool import Selection, Spool
+from finetuneflow.data.spool import Concatenation, Selection, Spool
 from finetuneflow.data.templates import Template
 from finetuneflow.data.tokens import MASKED, Policy, TokenizeStats, audit, tokenize_many
 from finetuneflow.errors import DataError
@@ -38,7 +50,12 @@ BUILDING = ".building-"  # beginning of the name of a folder that is being fille
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What to read and how: the part of a run's configuration that shapes its tokens."""
+    """What to read and how: the part of a run's configuration that shapes its tokens.
+
+    `takes` is asked for supervised rows only; other forms take what `forms.KINDS` says. `rated_weights` are those of good
+    and bad answers; they shape no token, but the warning about their balance. `replay_share` of the training examples come
+    from the `replay` files (supervised rows only).
+    """
 
     train: tuple[str, ...]
     eval: tuple[str, ...] = ()
@@ -52,12 +69,22 @@ class Recipe:
     takes: frozenset[Kind] = frozenset({"chat", "text"})
     policy: Policy = field(default_factory=Policy)
     seed: int = 42
+    form: Form = "supervised"
+    pairing: Pairing = field(default_factory=Pairing)
+    rated_weights: tuple[float, float] = (1.0, 1.0)
+    replay: tuple[str, ...] = ()
+    replay_share: float = 0.1
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """Kinds of examples that are used."""
+        return self.takes if self.form == "supervised" else KINDS[self.form]
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Tokens ready to train on. `train` and `eval` are memory-mapped `datasets.Dataset`s with the columns
-    index, input_ids, labels, length, place; `digest` names their content."""
+    """Tokens ready to train on. `train` and `eval` are memory-mapped `datasets.Dataset`s with the columns of the recipe's
+    form (`forms.COLUMNS`); `digest` names their content."""
 
     folder: Path
     train: Any
@@ -70,7 +97,7 @@ class Prepared:
         """What each data file held: name -> size and hash, in words."""
         return {
             entry["file"]: f"{entry['bytes']:,} bytes, SHA-256 {entry['sha256'][:16]}"
-            for entry in (*self.manifest["train"], *self.manifest["eval"])
+            for entry in (*self.manifest["train"], *self.manifest["eval"], *self.manifest.get("replay", {}).get("files", ()))
         }
 
     def place(self, index: int) -> str:
@@ -88,15 +115,16 @@ class Prepared:
 
 def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir: Path, emit: Emit) -> Prepared:
     """The tokens of `recipe`, from the cache or made now. Raises `DataError` where nothing could be trained on."""
-    files = {name: _fingerprint(Path(name)) for name in (*recipe.train, *recipe.eval)}
-    shaping = {k: v for k, v in asdict(recipe).items() if k not in ("train", "eval", "takes")}
+    files = {name: _fingerprint(Path(name)) for name in (*recipe.train, *recipe.eval, *recipe.replay)}
+    shaping = {k: v for k, v in asdict(recipe).items() if k not in ("train", "eval", "replay", "takes", "rated_weights")}
     digest = sha256_json(
         {
             # by name too: manifest and row places name the files
             "train": [[name, files[name]["sha256"]] for name in recipe.train],
             "eval": [[name, files[name]["sha256"]] for name in recipe.eval],
+            "replay": [[name, files[name]["sha256"]] for name in recipe.replay],
             "recipe": shaping,
-            "takes": sorted(recipe.takes),
+            "takes": sorted(recipe.kinds),
             "template": template.digest,
             "tokenizer": tokenizer_digest,
             "code": source_digest("data"),
@@ -111,6 +139,7 @@ def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir
         raise DataError(
             "DATASET_UNREADABLE", "The tokens just written cannot be read back.", where=str(folder), remedy="Check the disk."
         )
+    _report_preferences(found.manifest, recipe, emit)
     return found
 
 
@@ -143,9 +172,10 @@ class _Read:
     problems: list[Problem] = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)
     unsuited: Counter[str] = field(default_factory=Counter)
+    facts: dict[str, Any] = field(default_factory=dict)  # about ratings
 
     def reject(self, problem: Problem) -> None:
-        self.rejected[problem.code] += 1
+        (self.unsuited if problem.code in SET_ASIDE else self.rejected)[problem.code] += 1
         if len(self.problems) < PROBLEMS_KEPT:
             self.problems.append(problem)
 
@@ -157,19 +187,22 @@ def _build(recipe: Recipe, files: dict[str, dict[str, Any]], template: Template,
     for read in (train_read, eval_read):
         if read is not None:
             _check_threshold(read, recipe)
-    train, held_out = _divide(train_read.examples, eval_read.examples if eval_read else None, recipe, emit)
+    own, held_out = _divide(train_read.examples, eval_read.examples if eval_read else None, recipe, emit)
+    train, replayed = _with_replay(own, held_out, recipe, folder.parent, emit)
     with translate_os_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder.parent)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{BUILDING}{os.getpid()}-"))
         try:
-            stats = _write_tokens(train, template, recipe.policy, temporary / "train.arrow")
-            _report_audit(stats, template, emit)
-            eval_stats = _write_tokens(held_out, template, recipe.policy, temporary / "eval.arrow")
+            stats = _write_tokens(train, template, recipe, temporary / "train.arrow")
+            _report_audit(stats, template, recipe.form, emit)
+            eval_stats = _write_tokens(held_out, template, recipe, temporary / "eval.arrow")
             _report_held_out(eval_stats, emit)
             problems = [*train_read.problems, *(eval_read.problems if eval_read else [])]
             write_canonical(chain(held_out, problems), temporary / "eval.jsonl", problems_path=temporary / "problems.jsonl")
             manifest = _manifest(recipe, files, template, train_read, eval_read, train, held_out, stats, eval_stats)
+            if recipe.replay and recipe.form == "supervised":
+                manifest["replay"] = {"files": [files[name] for name in recipe.replay], **replayed}
             write_json(temporary / "manifest.json", manifest)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
@@ -189,26 +222,36 @@ def _remove_leftovers(cache_dir: Path) -> None:
 def _read(names: Sequence[str], recipe: Recipe, spool_dir: Path) -> _Read:
     """All usable examples of some files, up to `limit`; kinds the objective cannot use are counted apart."""
     found = _Read(names, Spool(spool_dir))
-    mapping = Mapping(**recipe.mapping) if recipe.mapping else None
-    for name in names:
-        for item in to_examples(read_rows(Path(name), encoding=recipe.encoding), mapping, tree_paths=recipe.tree_paths):
-            if isinstance(item, Problem):
-                found.reject(item)
-            elif item.kind in recipe.takes:
-                found.examples.append(item)
-            else:
-                found.unsuited[item.kind] += 1
-            if recipe.limit is not None and len(found.examples) >= recipe.limit:
-                return found
+    reader = FormReader(recipe.form, recipe.pairing, folder=spool_dir)
+    for item in reader.read(_items(names, recipe)):
+        if isinstance(item, Problem):
+            found.reject(item)
+        elif item.kind in recipe.kinds:
+            found.examples.append(item)
+        else:
+            found.unsuited[item.kind] += 1
+        if recipe.limit is not None and len(found.examples) >= recipe.limit:
+            break
+    found.facts = reader.facts
     return found
+
+
+def _items(names: Sequence[str], recipe: Recipe) -> Iterator[Example | Problem]:
+    mapping = Mapping(**recipe.mapping) if recipe.mapping else None
+    several = recipe.form in ("pair", "rated")
+    for name in names:
+        rows = read_rows(Path(name), encoding=recipe.encoding)
+        yield from to_examples(rows, mapping, tree_paths=recipe.tree_paths, several_answers=several)
 
 
 def _check_threshold(read: _Read, recipe: Recipe) -> None:
     if not read.examples:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in read.unsuited.items())
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in read.unsuited.items() if kind not in SET_ASIDE)
+        aside = ", ".join(f"{code} {count:,}" for code, count in read.unsuited.items() if code in SET_ASIDE)
         raise DataError(
             "TRAINING_NO_DATA",
             f"No example in {', '.join(read.names)} can be used: {read.rejected.total():,} rows were rejected"
+            + (f", {aside} set aside" if aside else "")
             + (f", and {kinds} examples are for other objectives." if kinds else "."),
             where=str(read.problems[0].place) if read.problems else None,
             remedy=(f"{read.problems[0].hint} " if read.problems else "") + "`ftf data check` shows every reason.",
@@ -231,12 +274,13 @@ def _divide(
     examples: Sequence[Example], given: Sequence[Example] | None, recipe: Recipe, emit: Emit
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """(training, held out): the given evaluation examples, or a seeded share in which no duplicate straddles."""
+    by_prompt = recipe.form != "supervised"  # then a prompt seen in training would give its answers away
     if given is not None:
-        if shared := leaks(examples, given):
+        if shared := leaks(examples, given, by_prompt=by_prompt):
             emit(
                 "warning",
                 code="EVAL_LEAK",
-                message=f"{len(shared):,} evaluation examples are also in the training data (exactly or nearly): the evaluation will look too good.",
+                message=f"{len(shared):,} evaluation examples are also in the training data (exactly or nearly{', or by their prompt' if by_prompt else ''}): the evaluation will look too good.",
                 advice="Remove them from one side, or drop data.eval and let a clean share be held out.",
             )
         return examples, given
@@ -250,45 +294,87 @@ def _divide(
         )
     if fraction == 0 or len(examples) < 2:
         return examples, []
-    parts = split(examples, eval_fraction=fraction, seed=recipe.seed)
+    parts = split(examples, eval_fraction=fraction, seed=recipe.seed, by_prompt=by_prompt)
     for text in parts.warnings:
         emit("warning", code="SPLIT", message=text, advice="")
     return Selection(examples, parts.train_indices), Selection(examples, parts.eval_indices)
 
 
+def _with_replay(
+    own: Sequence[Example], held_out: Sequence[Example], recipe: Recipe, spool_dir: Path, emit: Emit
+) -> tuple[Sequence[Example], dict[str, Any]]:
+    """The training examples with general ones behind them, and how many those are, for the manifest.
+
+    Rehearsal of general data is the plainest remedy against forgetting. A general example that is also held out, exactly
+    or nearly, is not replayed.
+    """
+    if not recipe.replay or recipe.form != "supervised":
+        return own, {}
+    general = _read(recipe.replay, replace(recipe, limit=None, mapping={}), spool_dir)
+    _check_threshold(general, recipe)
+    seen = {leak.eval_index for leak in leaks(held_out, general.examples)} if held_out else set()
+    usable = [index for index in range(len(general.examples)) if index not in seen]
+    wanted = max(1, round(len(own) * recipe.replay_share / (1 - recipe.replay_share)))
+    chosen = sorted(random.Random(recipe.seed).sample(usable, min(wanted, len(usable))))
+    if len(chosen) < wanted:
+        emit(
+            "warning",
+            code="REPLAY_TOO_SMALL",
+            message=f"data.replay holds {len(chosen):,} usable examples, but a share of {recipe.replay_share:.0%} needs {wanted:,}: all are used once.",
+            advice="Add general data, or lower data.replay_share.",
+        )
+    counts = {
+        "available": len(general.examples),
+        "held_out_too": len(seen),
+        "examples": len(chosen),
+        "share": len(chosen) / (len(own) + len(chosen)),
+        "rejected": dict(general.rejected),
+    }
+    return Concatenation(own, Selection(general.examples, chosen)), counts
+
+
 @dataclass(slots=True)
 class _Written:
-    """What became of a set of examples: their token statistics, and the rows that were written."""
+    """What became of a set of examples: their token statistics, the rows that were written, and facts about preferences."""
 
     stats: TokenizeStats = field(default_factory=TokenizeStats)
     rows: int = 0
+    pairs: PairTally = field(default_factory=PairTally)
+    labels: Counter[bool] = field(default_factory=Counter)
+
+    def facts(self, form: Form) -> dict[str, Any]:
+        """For the manifest."""
+        if form == "pair":
+            return {"pairs": self.pairs.to_dict()}
+        return {"rated": rated_facts(self.labels[True], self.labels[False])} if form == "rated" else {}
 
 
-def _write_tokens(examples: Sequence[Example], template: Template, policy: Policy, path: Path) -> _Written:
+def _write_tokens(examples: Sequence[Example], template: Template, recipe: Recipe, path: Path) -> _Written:
     """Tokenize into an Arrow stream file; memory holds one batch."""
     import pyarrow as pa
 
     written = _Written()
-    schema = pa.schema(
-        [
-            ("index", pa.int64()),
-            ("input_ids", pa.list_(pa.int32())),
-            ("labels", pa.list_(pa.int32())),
-            ("length", pa.int32()),
-            ("place", pa.string()),
-        ]
-    )
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in _batched(_token_rows(examples, template, policy, written.stats), ROWS_PER_BATCH):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    columns = schema(recipe.form)
+    rows = ({"index": index, **row} for index, row in enumerate(_rows(examples, template, recipe, written)))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, columns) as writer:
+        for batch in _batched(rows, ROWS_PER_BATCH):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=columns))
             written.rows += len(batch)
     return written
 
 
-def _token_rows(
+def _rows(examples: Sequence[Example], template: Template, recipe: Recipe, written: _Written) -> Iterator[dict[str, Any]]:
+    """The columns of each row, index aside; what cannot be used is counted in `written`."""
+    if recipe.form == "supervised":
+        return _supervised_rows(examples, template, recipe.policy, written.stats)
+    if recipe.form == "prompt":
+        return _prompt_rows(examples, template, recipe.policy, written.stats)
+    return _side_rows(examples, template, recipe, written)
+
+
+def _supervised_rows(
     examples: Sequence[Example], template: Template, policy: Policy, stats: TokenizeStats
 ) -> Iterator[dict[str, Any]]:
-    index = 0
     for result in tokenize_many(examples, template, policy, stats=stats):
         if isinstance(result, Problem):
             continue  # counted in `stats`
@@ -296,13 +382,32 @@ def _token_rows(
             # Nothing predicts a row's first token: a row supervised there alone (the one-token rest of a document) has no loss.
             if any(label != MASKED for label in tokens.labels[1:]):
                 yield {
-                    "index": index,
                     "input_ids": tokens.ids,
                     "labels": tokens.labels,
                     "length": len(tokens.ids),
                     "place": str(tokens.place),
                 }
-                index += 1
+
+
+def _side_rows(examples: Sequence[Example], template: Template, recipe: Recipe, written: _Written) -> Iterator[dict[str, Any]]:
+    results = tokenize_sides(examples, template, recipe.policy, stats=written.stats)
+    for example, result in zip(examples, results, strict=True):
+        if isinstance(result, Problem):
+            continue  # counted in the statistics
+        if recipe.form == "pair":
+            written.pairs.add(example, result)
+        else:
+            written.labels[bool(example.label)] += 1
+        yield side_fields(example, result)
+
+
+def _prompt_rows(
+    examples: Sequence[Example], template: Template, policy: Policy, stats: TokenizeStats
+) -> Iterator[dict[str, Any]]:
+    results = tokenize_prompts(examples, template, policy, stats=stats)
+    for example, result in zip(examples, results, strict=True):
+        if not isinstance(result, Problem):
+            yield prompt_fields(example, result)
 
 
 def _batched(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
@@ -316,11 +421,18 @@ def _batched(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[st
         yield batch
 
 
-def _report_audit(written: _Written, template: Template, emit: Emit) -> None:
+def _report_audit(written: _Written, template: Template, form: Form, emit: Emit) -> None:
     """Raises for what would waste the run; says the rest."""
-    for finding in audit(written.stats, template):
+    for finding in audit(written.stats, template, labelled=form != "prompt"):
         if finding.code != "TEMPLATE_NOTE":  # said when the template was chosen
             emit("warning", code=finding.code, message=finding.message, advice="")
+    if not written.rows and form == "prompt":
+        reasons = ", ".join(f"{code} {count:,}" for code, count in written.stats.problems.most_common())
+        raise DataError(
+            "TRAINING_NO_DATA",
+            f"None of {written.stats.examples:,} prompts can be used ({reasons}).",
+            remedy="Raise data.max_length, or look at the rows with `ftf data preview --form prompt`.",
+        )
     if not written.rows:
         raise DataError(
             "TRAINING_NO_SUPERVISED_TOKENS",
@@ -349,6 +461,20 @@ def _report_held_out(written: _Written, emit: Emit) -> None:
         )
 
 
+def _report_preferences(manifest: dict[str, Any], recipe: Recipe, emit: Emit) -> None:
+    """What the pairs or labels would teach besides what is meant; said for tokens out of the cache too."""
+    if recipe.form != "supervised" and recipe.policy.overlong == "split":
+        reason = "Pairs, rated answers and prompts cannot be parted: those that are too long are cut."
+        emit("decision", setting="data.overlong", value="cut", reason=reason)
+    findings: list[tuple[str, str, str]] = []
+    if recipe.form == "pair":
+        findings += pair_findings(manifest["pairs"])
+    elif recipe.form == "rated":
+        findings += rated_findings(manifest["rated"], recipe.rated_weights)
+    for code, message, advice in findings:
+        emit("warning", code=code, message=message, advice=advice)
+
+
 def _manifest(
     recipe: Recipe,
     files: dict[str, dict[str, Any]],
@@ -362,6 +488,7 @@ def _manifest(
 ) -> dict[str, Any]:
     stats = written.stats
     return {
+        "form": recipe.form,
         "train": [files[name] for name in recipe.train],
         "eval": [files[name] for name in recipe.eval],
         "shapes": dict(Counter(example.shape for example in (*train, *held_out))),
@@ -375,6 +502,8 @@ def _manifest(
         "avg_tokens": stats.tokens / max(stats.rows, 1),
         "supervised_share": stats.supervised / max(stats.tokens, 1),
         "tokens": stats.to_dict(),
+        **written.facts(recipe.form),
+        **({"ratings": train_read.facts} if train_read.facts else {}),
     }
 
 

@@ -16,6 +16,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetuneflow.data.examples import Example, Problem
+from finetuneflow.data.forms import Form, Sides, tokenize_prompts, tokenize_sides
 from finetuneflow.data.templates import Template
 from finetuneflow.data.tokens import MASKED, Policy, Tokens, tokenize
 
@@ -43,23 +44,33 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PreviewRow:
-    """One training row, ready to be shown."""
+    """One training row, or one side of a pair, ready to be shown. `side`: chosen, rejected, good, bad, prompt or nothing.
+
+    `prompt_length`: leading tokens that both sides of a pair share.
+    """
 
     tokens: Tokens
     pieces: tuple[Piece, ...]
+    side: str = ""
+    prompt_length: int | None = None
 
     @property
     def title(self) -> str:
         part = f", part {self.tokens.part + 1}" if self.tokens.part else ""
-        return f"{self.tokens.place}{part}"
+        return f"{self.tokens.place}{part}" + (f" · {self.side}" if self.side else "")
 
     @property
     def counts(self) -> str:
         row = self.tokens
+        if self.side == "prompt":
+            cut = f" · {row.lost_tokens:,} cut off at the beginning" if row.lost_tokens else ""
+            return f"{len(row.ids):,} tokens · the model answers itself{cut}"
         words = [f"{len(row.ids):,} tokens", f"{row.supervised:,} in the loss ({row.supervised / max(1, len(row.ids)):.0%})"]
         words.append(f"{row.turn_ends} turn-end{'s' if row.turn_ends != 1 else ''} learned")
         if row.lost_tokens:
             words.append(f"{row.lost_tokens:,} cut off, {row.lost_answer_tokens:,} of them answer")
+        if self.prompt_length is not None:
+            words.append(f"{self.prompt_length:,} tokens of prompt shared")
         if row.unlocated:
             words.append(f"{row.unlocated} empty or unfound answers left out")
         return " · ".join(words)
@@ -73,6 +84,7 @@ class Preview:
     problems: tuple[Problem, ...]
     template: Template
     policy: Policy
+    form: Form = "supervised"
 
     @property
     def facts(self) -> list[tuple[str, str]]:
@@ -85,22 +97,52 @@ class Preview:
             ),
             ("Digest", self.template.digest[:12]),
             ("End of a turn", f"{self.template.stop or 'none'} = {list(self.template.turn_end)}"),
-            ("In the loss", learned[self.policy.supervise]),
+            ("In the loss", learned[self.policy.supervise] if self.form == "supervised" else _LEARNED[self.form]),
             ("Longest row", f"{self.policy.max_length:,} tokens, else {self.policy.overlong}"),
         ]
 
 
-def preview(examples: Iterable[Example], template: Template, policy: Policy = Policy()) -> Preview:  # noqa: B008 - frozen
-    """Tokenize the given examples for show."""
+_LEARNED: dict[Form, str] = {
+    "pair": "the ending of each side",
+    "rated": "the last answer",
+    "prompt": "nothing: the model answers itself",
+}
+
+
+def preview(
+    examples: Iterable[Example],
+    template: Template,
+    policy: Policy = Policy(),  # noqa: B008 - frozen
+    form: Form = "supervised",
+) -> Preview:
+    """Tokenize the given examples for show, in the form they are trained in."""
     rows: list[PreviewRow] = []
     problems: list[Problem] = []
     for example in examples:
-        result = tokenize(example, template, policy)
+        result = _tokenized(example, template, policy, form)
         if isinstance(result, Problem):
             problems.append(result)
         else:
-            rows.extend(PreviewRow(tokens, tuple(_pieces(tokens, template))) for tokens in result)
-    return Preview(tuple(rows), tuple(problems), template, policy)
+            rows.extend(result)
+    return Preview(tuple(rows), tuple(problems), template, policy, form)
+
+
+def _tokenized(example: Example, template: Template, policy: Policy, form: Form) -> list[PreviewRow] | Problem:
+    if form == "supervised":
+        rows = tokenize(example, template, policy)
+        return rows if isinstance(rows, Problem) else [_shown(row, template) for row in rows]
+    if form == "prompt":
+        prompt = next(tokenize_prompts([example], template, policy))
+        return prompt if isinstance(prompt, Problem) else [_shown(prompt.row, template, "prompt")]
+    sides = next(tokenize_sides([example], template, policy))
+    if isinstance(sides, Problem):
+        return sides
+    names = ("chosen", "rejected") if form == "pair" else ("good" if example.label else "bad",)
+    return [_shown(row, template, name, sides) for row, name in zip(sides.rows, names, strict=True)]
+
+
+def _shown(tokens: Tokens, template: Template, side: str = "", sides: Sides | None = None) -> PreviewRow:
+    return PreviewRow(tokens, tuple(_pieces(tokens, template)), side, sides.prompt_length if sides else None)
 
 
 # Tokens -> pieces --------------------------------------------------------------------------------------------------------
@@ -238,6 +280,7 @@ def to_json(shown: Preview) -> dict[str, Any]:
         "turn_end": list(shown.template.turn_end),
         "notes": list(shown.template.notes),
         "policy": asdict(shown.policy),
+        "form": shown.form,
         "rows": [_row_json(row) for row in shown.rows],
         "problems": [{"place": str(p.place), "code": p.code, "found": p.found, "hint": p.hint} for p in shown.problems],
     }
@@ -249,6 +292,8 @@ def _row_json(row: PreviewRow) -> dict[str, Any]:
         "ids": row.tokens.ids,
         "labels": row.tokens.labels,
         "supervised": row.tokens.supervised,
+        **({"side": row.side} if row.side else {}),
+        **({"prompt_length": row.prompt_length} if row.prompt_length is not None else {}),
         "lost_tokens": row.tokens.lost_tokens,
         "pieces": [{"ids": list(p.ids), "text": p.text, "part": p.part, "control": p.special} for p in row.pieces],
     }

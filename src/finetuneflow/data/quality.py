@@ -16,12 +16,15 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from finetuneflow.data.examples import NOTES, Example, Mapping, Problem, to_examples
+from finetuneflow.data.forms import KINDS, Form
+from finetuneflow.data.preferences import FormReader
 from finetuneflow.data.similarity import Signatures, compared_text, exact_key
 from finetuneflow.data.sources import SourceInfo, read_rows, sniff
 from finetuneflow.data.streams import Limits
@@ -78,13 +81,16 @@ class FileReport:
 
     `rows` = `usable` + the sum of `rejected`; `examples` can be more (a row may hold several) or fewer (linked rows).
     `duplicates` counts examples beyond the first of each group with the same content; `near_duplicates` those beyond
-    the first of each group that is alike, exact ones not counted again. `error` is set, and everything else empty,
+    the first of each group that is alike, exact ones not counted again. `preferences` says how many pairs and rated answers
+    can be made, where there are any, ratings included. `error` is set, and everything else empty,
     when the file as a whole is no dataset.
     """
 
     file: str
     source: SourceInfo | None = None
     shapes: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    preferences: dict[str, int] = field(default_factory=dict)
     rows: int = 0
     usable: int = 0
     examples: int = 0
@@ -101,6 +107,12 @@ class FileReport:
     error: dict[str, Any] | None = None
 
     @property
+    def has_preferences(self) -> bool:
+        """Whether pairs or rated answers can be made of some rows: by their kind, a rating, or ranks that a tree may hold."""
+        rated = bool({"preference", "unpaired", "rated chat"} & self.kinds.keys())
+        return rated or any(shape.startswith("oasst") for shape in self.shapes) or "vote" in self.shapes
+
+    @property
     def rejected_rows(self) -> int:
         return sum(self.rejected.values())
 
@@ -113,6 +125,8 @@ class FileReport:
         result: dict[str, Any] = {
             "file": self.file,
             "shapes": self.shapes,
+            "kinds": self.kinds,
+            "preferences": self.preferences,
             "rows": self.rows,
             "usable": self.usable,
             "rejected": self.rejected,
@@ -152,10 +166,22 @@ def inspect(
     """Report on one dataset file. Raises `DataError` when the file as a whole is no dataset."""
     source = sniff(path, encoding=encoding, limits=limits)
     rows = read_rows(path, encoding=encoding, limits=limits)
-    return inspect_examples(
+    report = inspect_examples(
         to_examples(rows, mapping, tree_paths=tree_paths),
         file=str(path), source=source, measure=measure, max_length=max_length, near_duplicates=near_duplicates,
     )  # fmt: skip
+    if not report.has_preferences:
+        return report
+    again = partial(read_rows, path, encoding=encoding, limits=limits)
+    forms: tuple[Form, ...] = ("pair", "rated")
+    counts: dict[str, int] = {form: _count_form(to_examples(again(), mapping, several_answers=True), form) for form in forms}
+    return replace(report, preferences=counts if any(counts.values()) else {})
+
+
+def _count_form(items: Iterable[Example | Problem], form: Form) -> int:
+    """How many examples of a form come out with the default settings."""
+    kinds = KINDS[form]
+    return sum(not isinstance(item, Problem) and item.kind in kinds for item in FormReader(form).read(items))
 
 
 def inspect_files(paths: Sequence[str | Path], **options: Any) -> list[FileReport]:
@@ -227,6 +253,7 @@ class _Tally:
         self._rejected: Counter[str] = Counter()
         self._problems: dict[str, list[Problem]] = {}
         self._notes: Counter[str] = Counter()
+        self._kinds: Counter[str] = Counter()
         self._last_row = -1
         self._rows = 0
         self._lengths = array("Q")
@@ -244,6 +271,7 @@ class _Tally:
     def add_example(self, example: Example) -> None:
         self._count_row(example.place.row, example.shape)
         self._notes.update(example.notes)
+        self._kinds[example.kind if example.rating is None else f"rated {example.kind}"] += 1
         key = exact_key(example)
         self._keys.append(key)
         if self._near is not None and self._near.count < NEAR_LIMIT_ROWS:
@@ -271,6 +299,7 @@ class _Tally:
             file=file,
             source=source,
             shapes=dict(self._shapes.most_common()),
+            kinds=dict(self._kinds.most_common()),
             rows=self._rows,
             usable=usable,
             examples=len(self._keys),

@@ -8,17 +8,32 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
+from finetuneflow.data.chat_shapes import (
+    ANSWER_KEYS,
+    COLUMN_IN_TEMPLATE,
+    MEDIA_KEYS,
+    MESSAGE_KEYS,
+    QUESTION_KEYS,
+    TEXT_KEYS,
+    Cells,
+    Reader,
+    chat,
+    note_placeholders,
+    prompt_columns,
+    read_chat,
+    read_pair,
+    read_plain_text,
+    read_self_instruct,
+    unique,
+)
 from finetuneflow.data.conversations import (
     CONTENT_KEYS,
     RowFault,
-    empty_answer,
-    is_blank_answer,
     media_fault,
     prompt_messages,
     read_messages,
@@ -27,100 +42,40 @@ from finetuneflow.data.conversations import (
     trainable,
     wrong_type,
 )
-from finetuneflow.data.examples import NOTES, Example, Mapping, Message, Place, Problem, visible
+from finetuneflow.data.examples import NOTES, Example, Mapping, Message, Problem, visible
+from finetuneflow.data.preference_shapes import (
+    as_number,
+    check_ending,
+    has_scored_answers,
+    rated_chat,
+    read_label,
+    read_preference,
+    read_scored_answers,
+    read_unpaired,
+    read_vote,
+    with_rating,
+)
 from finetuneflow.data.sources import Row, column_key
-from finetuneflow.data.trees import FlatTrees, best_path, every_path
+from finetuneflow.data.trees import FlatTrees, best_path, every_path, ranked_replies
 from finetuneflow.errors import DataError
-
-MESSAGE_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
-QUESTION_KEYS = ("question", "query", "problem", "user", "human")
-ANSWER_KEYS = (
-    "output",
-    "answer",
-    "response",
-    "completion",
-    "best_answer",
-    "canonical_solution",
-    "solution",
-    "target",
-    "answers",
-    "reply",
-    "assistant",
-)
-TEXT_KEYS = ("text", "content", "document", "body", "page_content", "passage", "string")
-MEDIA_KEYS = frozenset(("images", "image", "videos", "video", "audios", "audio"))
-GROUP_KEYS = ("group", "document_id", "doc_id", "source_document", "conversation_id", "message_tree_id")
-SYSTEM_KEYS = ("system", "system_prompt")
-
-NO_INPUT = re.compile(
-    r"""[\s<(\["'`{]*(?:no[\s_-]*inputs?(?:[\s_]+(?:needed|required|provided|given|necessary|is\s+(?:needed|required|provided)))?
-    |n/?a|none|null|nil|aucune?(?:\s+entrée)?|pas\s+d['’]entrée|not\s+applicable)[\s>)\]"'`}.!]*""",
-    re.IGNORECASE | re.VERBOSE,
-)
-PLACEHOLDER = re.compile(r"\{\{\s*[A-Za-z_]\w*\s*\}\}")
-END_MARKERS = (
-    "###eos_token###",
-    "</s>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|end|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<end_of_turn>",
-    "<eos>",
-)
-ALPACA_PREAMBLE = "Below is an instruction that describes a task"
-INSTRUCTION_MARK, INPUT_MARK, RESPONSE_MARK = "### Instruction:", "\n### Input:", "\n### Response:"
-MARKER_CHARS = 80  # an input that says there is none is never longer
-TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-COLUMN_IN_TEMPLATE = re.compile(r"\{([^{}]+)\}")
-
-
-@dataclass(slots=True)
-class Cells:
-    """One row on its way to examples: its cells by column key (nulls left out), and what was noticed while reading."""
-
-    place: Place
-    values: dict[str, Any]
-    tree_paths: Literal["best", "all"] = "best"
-    shape: str = ""
-    notes: list[str] = field(default_factory=list)
-
-    def first(self, keys: Sequence[str]) -> str | None:
-        """The first of `keys` that the row has."""
-        for key in keys:
-            if key in self.values:
-                return key
-        return None
-
-    def text(self, key: str) -> str:
-        return read_text(self.values[key], f"`{key}`", self.notes)
-
-    def optional_text(self, keys: Sequence[str]) -> str:
-        key = self.first(keys)
-        return self.text(key) if key else ""
-
-    def group(self) -> str | None:
-        key = self.first(GROUP_KEYS)
-        return str(self.values[key]) if key and isinstance(self.values[key], str | int) else None
-
-
-Reader = Callable[[Cells], list[Example]]
 
 
 class ShapeReader:
     """Reads rows one at a time; rows linked by parent ids are held until their tree is complete."""
 
-    def __init__(self, mapping: Mapping | None, tree_paths: Literal["best", "all"]) -> None:
+    def __init__(
+        self, mapping: Mapping | None, tree_paths: Literal["best", "all"] = "best", several_answers: bool = False
+    ) -> None:
         self._mapping = MappedReader(mapping) if mapping is not None else None
         self._tree_paths: Literal["best", "all"] = tree_paths
+        self._several = several_answers
         self._trees = FlatTrees()
 
     def read(self, row: Row) -> Iterator[Example | Problem]:
         if self._mapping is not None:
             yield from self._read_cells(Cells(row.place, row.fields, shape="mapped"), self._mapping.read)
             return
-        cells = Cells(row.place, canonical_cells(row.fields), self._tree_paths)
+        cells = Cells(row.place, canonical_cells(row.fields), self._tree_paths, self._several)
         if is_flat_message(cells):
             if self._trees.starts_new(cells.values) or self._trees.is_full():
                 yield from self.finish()
@@ -142,7 +97,7 @@ class ShapeReader:
                     "oasst-flat",
                 )
             if root is not None:
-                cells = Cells(places[0], {"prompt": root}, self._tree_paths, "oasst-flat")
+                cells = Cells(places[0], {"prompt": root}, self._tree_paths, self._several, "oasst-flat")
                 for result in self._read_cells(cells, read_tree):
                     yield result
                     if isinstance(result, Problem):  # the whole tree is lost: every row of it counts
@@ -152,7 +107,7 @@ class ShapeReader:
     def _read_cells(cells: Cells, reader: Reader) -> Iterator[Example | Problem]:
         try:
             refuse_media(cells)
-            yield from reader(cells)
+            yield from with_rating(cells, reader(cells))
         except RowFault as fault:
             yield Problem(cells.place, fault.code, fault.found, fault.hint, cells.shape)
 
@@ -191,6 +146,10 @@ def detect(keys: frozenset[str]) -> tuple[str, Reader]:
         return "canonical", read_canonical
     if {"chosen", "rejected"} <= keys:
         return "preference", read_preference
+    if {"prompt", "answers", "vote"} <= keys:
+        return "vote", read_vote
+    if has_scored_answers(keys):
+        return "scored-answers", read_scored_answers
     if "instances" in keys:
         return "self-instruct", read_self_instruct
     if "replies" in keys or {"message_tree_id", "prompt"} <= keys:
@@ -221,398 +180,6 @@ def _detect_pair(keys: frozenset[str]) -> tuple[str, Reader]:
     return "", refuse_unknown
 
 
-@lru_cache(maxsize=4096)
-def prompt_columns(keys: frozenset[str]) -> tuple[str, ...]:
-    """The columns that make up the prompt, in the order in which they are put together.
-
-    `prompt` counts only where no instruction or question is given: then it is the rendered form of the same thing.
-    """
-    question = next((key for key in QUESTION_KEYS if key in keys), None)
-    lead = "instruction" if "instruction" in keys else None
-    if lead is None and question is None:
-        lead = "prompt" if "prompt" in keys else None
-    if lead is None and question is None:
-        return ("input",) if "input" in keys else ()
-    context = next((key for key in ("context", "passage") if key in keys), None)
-    title = "title" if "title" in keys and context is None and question is not None else None
-    extra_input = "input" if "input" in keys else None
-    return tuple(key for key in (lead, title, context, question, extra_input) if key is not None)
-
-
-# --- prompts with answers ------------------------------------------------------------------------
-
-
-def read_pair(cells: Cells) -> list[Example]:
-    """instruction/input/output and its synonyms."""
-    columns = prompt_columns(frozenset(cells.values))
-    answer_key = next(key for key in ANSWER_KEYS if key in cells.values)
-    refuse_chat_prompt(cells, columns[0])
-    prompt = unwrap_alpaca(join_prompt(cells, columns), cells.notes)
-    turns = [
-        *system_turn(cells),
-        *history_turns(cells),
-        Message("user", prompt),
-        Message("assistant", read_answer(cells, answer_key)),
-    ]
-    return [chat(cells, turns)]
-
-
-def join_prompt(cells: Cells, columns: Sequence[str]) -> str:
-    parts = []
-    for key in columns:
-        part = cells.text(key)
-        if key in ("input", "context") and len(columns) > 1 and says_no_input(part):
-            cells.notes.append("no_input_marker")
-            continue
-        if part.strip():
-            parts.append(part)
-    return "\n\n".join(parts)
-
-
-def says_no_input(text: str) -> bool:
-    return len(text) <= MARKER_CHARS and NO_INPUT.fullmatch(text) is not None
-
-
-def refuse_chat_prompt(cells: Cells, column: str) -> None:
-    """A question made of turns has no answer beside it that we could place (benchmarks keep answers elsewhere)."""
-    if isinstance(cells.values[column], list | dict):
-        raise wrong_type(f"`{column}`", cells.values[column])
-
-
-def read_answer(cells: Cells, key: str) -> str:
-    value = cells.values[key]
-    if isinstance(value, dict) and isinstance(value.get("text"), list):
-        value = value["text"]  # SQuAD: {"text": [...], "answer_start": [...]}
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value):
-        cells.notes.append("first_of_several")
-        value = value[0]
-    return without_end_marker(read_text(value, f"`{key}`", cells.notes), cells.notes)
-
-
-def without_end_marker(answer: str, notes: list[str]) -> str:
-    stripped = answer.rstrip()
-    if not stripped.endswith(END_MARKERS):
-        return answer
-    marker = next(marker for marker in END_MARKERS if stripped.endswith(marker))
-    notes.append("end_marker_removed")
-    return stripped.removesuffix(marker).rstrip()
-
-
-def unwrap_alpaca(prompt: str, notes: list[str]) -> str:
-    """The instruction and input inside an applied Alpaca prompt, when it is exactly that; else the prompt as it is."""
-    if INSTRUCTION_MARK not in prompt:
-        return prompt
-    parts = alpaca_parts(prompt, notes)
-    if parts is None or parts[1]:
-        notes.append("alpaca_prompt_kept")
-        return prompt
-    notes.append("alpaca_prompt_unwrapped")
-    return parts[0]
-
-
-def alpaca_parts(text: str, notes: list[str]) -> tuple[str, str] | None:
-    """Prompt (instruction and input) and response of an Alpaca prompt; None unless the text is exactly one.
-
-    "Exactly" means: each mark once, in order, and nothing before the first but the original preamble.
-    """
-    if any(text.count(mark) > 1 for mark in (INSTRUCTION_MARK, INPUT_MARK, RESPONSE_MARK)):
-        return None
-    before, _, rest = text.partition(INSTRUCTION_MARK)
-    body, mark, response = rest.partition(RESPONSE_MARK)
-    if not mark or (before.strip() and not before.strip().startswith(ALPACA_PREAMBLE)):
-        return None
-    instruction, _, extra = (part.strip() for part in body.partition(INPUT_MARK))
-    if extra and says_no_input(extra):
-        notes.append("no_input_marker")
-        extra = ""
-    return "\n\n".join(part for part in (instruction, extra) if part), response.strip()
-
-
-def system_turn(cells: Cells) -> list[Message]:
-    text = cells.optional_text(SYSTEM_KEYS)
-    return [Message("system", text)] if text.strip() else []
-
-
-def history_turns(cells: Cells) -> list[Message]:
-    """Earlier turns as `history: [[question, answer], …]`."""
-    history = cells.values.get("history")
-    if not history:
-        return []
-    turns: list[Message] = []
-    for pair in history if isinstance(history, list) else [history]:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise wrong_type("`history`", history)
-        question, answer = (read_text(part, "`history`", cells.notes) for part in pair)
-        turns += [Message("user", question), Message("assistant", answer)]
-    return turns
-
-
-def chat(cells: Cells, turns: Sequence[Message], tools: tuple[dict[str, Any], ...] = (), group: str | None = None) -> Example:
-    """A chat example after the rules of `trainable`; placeholders are noted."""
-    messages = trainable(tuple(turns), cells.notes)
-    note_placeholders((message.content for message in messages), cells.notes)
-    return Example(
-        "chat", cells.place, cells.shape, messages, tools=tools, group=group or cells.group(), notes=unique(cells.notes)
-    )
-
-
-def note_placeholders(texts: Iterator[str], notes: list[str]) -> None:
-    for text in texts:
-        if "{{" in text and PLACEHOLDER.search(text):
-            notes.append("placeholder")
-            return
-
-
-def unique(notes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(notes)) if notes else ()
-
-
-def read_self_instruct(cells: Cells) -> list[Example]:
-    """One example per instance; all of one task stay together."""
-    instances = cells.values["instances"]
-    if "instruction" not in cells.values or not isinstance(instances, list) or not instances:
-        raise wrong_type("`instances`", instances)
-    group = str(cells.values.get("id", cells.place.row))
-    examples = []
-    for instance in instances:
-        if not isinstance(instance, dict):
-            raise wrong_type("an instance", instance)
-        values = {
-            "instruction": cells.values["instruction"],
-            **{key: instance[key] for key in ("input", "output") if instance.get(key) is not None},
-        }
-        if "output" not in values:
-            raise RowFault("ROW_NO_ANSWER", "an instance without output", "Add the output of each instance.")
-        one = Cells(cells.place, values, shape=cells.shape)
-        prompt = join_prompt(one, prompt_columns(frozenset(values)))
-        examples.append(
-            chat(
-                one,
-                [Message("user", prompt), Message("assistant", read_answer(one, "output"))],
-                group=group if len(instances) > 1 else None,
-            )
-        )
-    return examples
-
-
-# --- text ----------------------------------------------------------------------------------------
-
-
-def read_plain_text(cells: Cells) -> list[Example]:
-    """A document to continue; a transcript or an applied Alpaca prompt inside it is opened into turns."""
-    text = cells.text(cells.shape)
-    if cells.shape == "string":
-        cells.notes.append("bare_string")
-    if not text.strip():
-        raise RowFault("ROW_EMPTY_TEXT", "the text is empty", "Remove the row.")
-    turns = transcript_turns(text)
-    if turns is not None and turns[0].role == "user":
-        cells.shape = "hh-rlhf"
-        return [chat(cells, turns)]
-    if INSTRUCTION_MARK in text:
-        parts = alpaca_parts(text, cells.notes)
-        if parts is not None and all(parts):
-            cells.notes.append("alpaca_prompt_unwrapped")
-            return [chat(cells, [Message("user", parts[0]), Message("assistant", without_end_marker(parts[1], cells.notes))])]
-        cells.notes.append("alpaca_prompt_kept")
-    note_placeholders(iter((text,)), cells.notes)
-    return [Example("text", cells.place, cells.shape, text=text, group=cells.group(), notes=unique(cells.notes))]
-
-
-def transcript_turns(text: str) -> tuple[Message, ...] | None:
-    """The turns of an HH-RLHF transcript (blank line, `Human:` or `Assistant:`), or None when the text is no such thing."""
-    if "Human:" not in text or "Assistant:" not in text:
-        return None
-    parts = TRANSCRIPT_TURN.split(text)
-    if parts[0].strip() or len(parts) < 5:
-        return None
-    return tuple(
-        Message("user" if role == "Human" else "assistant", said.strip())
-        for role, said in zip(parts[1::2], parts[2::2], strict=True)
-    )
-
-
-# --- conversations -------------------------------------------------------------------------------
-
-
-def read_chat(cells: Cells) -> list[Example]:
-    """OpenAI `messages`, ShareGPT `conversations`, and lists that mix them."""
-    messages = conversation(cells)
-    return [chat(cells, messages, tools=tools_of(cells))]
-
-
-def conversation(cells: Cells) -> tuple[Message, ...]:
-    key = next(key for key in MESSAGE_KEYS if key in cells.values)
-    items = cells.values[key]
-    if isinstance(items, str):
-        items = parsed_cell(items, key)
-    if key == "turns" and isinstance(items, list) and items and all(isinstance(item, str) for item in items):
-        cells.shape = "turns"
-        raise RowFault(
-            "ROW_NO_ANSWER",
-            f"questions only: {visible(items[0], 60)}",
-            "Join the file that holds the answers, or keep it for evaluation.",
-        )
-    if isinstance(items, list) and items and isinstance(items[0], dict) and "from" in items[0] and cells.shape == "messages":
-        cells.shape = "sharegpt"
-    messages = read_messages(items, cells.notes)
-    system = system_turn(cells)
-    return messages if not system or messages[0].role == "system" else (*system, *messages)
-
-
-def parsed_cell(text: str, key: str) -> Any:
-    """A table cell that holds JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowFault(
-            "ROW_WRONG_TYPE", f"`{key}` is text that is no JSON: {visible(text, 50)}", "Write the turns as a JSON list."
-        ) from error
-
-
-def tools_of(cells: Cells) -> tuple[dict[str, Any], ...]:
-    key = cells.first(("tools", "functions"))
-    return read_tools(cells.values[key]) if key else ()
-
-
-# --- preferences ---------------------------------------------------------------------------------
-
-
-def read_preference(cells: Cells) -> list[Example]:
-    """Preference pairs: a prompt beside two answers, a conversation beside two answers, or two whole transcripts."""
-    chosen, rejected = cells.values["chosen"], cells.values["rejected"]
-    turns = [answer_turns(cells, "chosen", chosen), answer_turns(cells, "rejected", rejected)]
-    prompt, form = shared_prompt(cells, turns[0])
-    if prompt is None:
-        prompt, endings = common_prefix(turns[0], turns[1])
-        form = "hh-rlhf" if isinstance(chosen, str) else "preference-transcripts"
-    else:
-        endings = [without_prompt(ending, prompt) for ending in turns]
-    cells.shape = form
-    checked = [check_ending(ending, name) for ending, name in zip(endings, ("chosen", "rejected"), strict=True)]
-    if checked[0] == checked[1]:
-        raise RowFault(
-            "ROW_BAD_PREFERENCE", "chosen and rejected are the same", "A pair teaches only by its difference; remove the row."
-        )
-    messages = prompt_messages(prompt, cells.notes)
-    note_placeholders((message.content for message in (*messages, *checked[0], *checked[1])), cells.notes)
-    return [
-        Example(
-            "preference", cells.place, form, messages, chosen=checked[0], rejected=checked[1],
-            tools=tools_of(cells), group=cells.group(), notes=unique(cells.notes),
-        )
-    ]  # fmt: skip
-
-
-def answer_turns(cells: Cells, name: str, value: Any) -> tuple[Message, ...]:
-    """One side of a pair as turns: a string (an answer or a transcript), one message, or a list of messages."""
-    if isinstance(value, str):
-        return transcript_turns(value) or (Message("assistant", without_end_marker(value, cells.notes)),)
-    if isinstance(value, dict):
-        return read_messages([value], cells.notes)
-    if isinstance(value, list):
-        return read_messages(value, cells.notes)
-    raise wrong_type(f"`{name}`", value)
-
-
-def shared_prompt(cells: Cells, chosen: tuple[Message, ...]) -> tuple[tuple[Message, ...] | None, str]:
-    """The prompt beside the pair, or None when it must be found as the common beginning of two transcripts."""
-    system = tuple(system_turn(cells))
-    if cells.first(MESSAGE_KEYS):
-        return conversation(cells), "preference-conversations"
-    columns = prompt_columns(frozenset(cells.values))
-    if not columns:
-        return None, ""
-    value = cells.values[columns[0]]
-    if isinstance(value, list):
-        return (*system, *read_messages(value, cells.notes)), "preference-prompt"
-    if isinstance(value, str) and len(chosen) > 1:
-        return None, ""
-    if isinstance(value, str) and (
-        turns := transcript_turns(value.rstrip().removesuffix("Assistant:").rstrip() + "\n\nAssistant:")
-    ):
-        return (*system, *turns[:-1]), "preference-prompt"
-    prompt = unwrap_alpaca(join_prompt(cells, columns), cells.notes)
-    return (*system, Message("user", prompt)), "preference-prompt"
-
-
-def common_prefix(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...]
-) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
-    if len(chosen) < 2 or len(rejected) < 2:
-        raise RowFault(
-            "ROW_NO_PROMPT",
-            "chosen and rejected without the prompt they answer",
-            "Add a `prompt` column, or whole transcripts on both sides.",
-        )
-    length = 0
-    while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
-        length += 1
-    if length == len(chosen) == len(rejected):
-        raise RowFault(
-            "ROW_BAD_PREFERENCE", "chosen and rejected are the same", "A pair teaches only by its difference; remove the row."
-        )
-    if length == 0 or chosen[length - 1].role == "assistant":
-        raise RowFault(
-            "ROW_BAD_PREFERENCE",
-            f"the two transcripts part at turn {length}, which is not an answer",
-            "Both must share everything up to the answer.",
-        )
-    return chosen[:length], [chosen[length:], rejected[length:]]
-
-
-def without_prompt(ending: tuple[Message, ...], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
-    """An ending that repeats the prompt, without it."""
-    return ending[len(prompt) :] if len(ending) > len(prompt) and ending[: len(prompt)] == prompt else ending
-
-
-def check_ending(ending: tuple[Message, ...], name: str) -> tuple[Message, ...]:
-    if not ending or ending[0].role != "assistant" or ending[-1].role != "assistant":
-        raise RowFault(
-            "ROW_BAD_PREFERENCE",
-            f"`{name}` is not an assistant's answer to the prompt",
-            "Each side must begin and end with an assistant turn.",
-        )
-    if any(is_blank_answer(message) for message in ending):
-        raise empty_answer(f"`{name}` is empty")
-    return ending
-
-
-def read_unpaired(cells: Cells) -> list[Example]:
-    """KTO: one answer and whether it is good."""
-    label_key = "kto_tag" if "kto_tag" in cells.values else "label"
-    label = read_label(cells.values[label_key])
-    shape = cells.shape
-    [example] = read_chat(cells) if cells.first(MESSAGE_KEYS) else read_pair(cells)
-    return [
-        Example(
-            "unpaired",
-            cells.place,
-            shape,
-            example.messages,
-            label=label,
-            tools=example.tools,
-            group=example.group,
-            notes=example.notes,
-        )
-    ]
-
-
-def read_label(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    spelled = str(value).strip().lower()
-    if spelled in ("1", "1.0", "true", "yes", "good", "desirable"):
-        return True
-    if spelled in ("0", "0.0", "-1", "false", "no", "bad", "undesirable"):
-        return False
-    raise RowFault(
-        "ROW_BAD_LABEL",
-        f"the label {visible(repr(value), 40)}",
-        "A label is true or false; name or drop the column with a mapping.",
-    )
-
-
 # --- trees ---------------------------------------------------------------------------------------
 
 
@@ -622,6 +189,12 @@ def read_tree(cells: Cells) -> list[Example]:
     if not isinstance(root, dict):
         raise wrong_type("`prompt`", root)
     group = cells.group() or str(root.get("message_tree_id") or root.get("message_id") or cells.place.row)
+    if cells.several_answers:
+        ranked = [rated_chat(cells, read_messages(path, cells.notes), -rank, True, group) for path, rank in ranked_replies(root)]
+        if not ranked:
+            hint = "Pairs need two ranked answers to one message."
+            raise RowFault("ROW_NO_PARTNER", "no message of the tree has two ranked answers", hint)
+        return ranked
     if cells.tree_paths == "best":
         path, others = best_path(root)
         if others:
@@ -647,6 +220,7 @@ def read_canonical(cells: Cells) -> list[Example]:
     cells.notes.extend(stored)
     cells.shape = str(values["shape"])
     kind, tools, group, notes = values["kind"], read_tools(values.get("tools")), cells.group(), cells.notes
+    rating = as_number(values.get("rating"))
     if kind == "text":
         text = cells.text("text") if "text" in values else ""
         if not text.strip():
@@ -655,7 +229,16 @@ def read_canonical(cells: Cells) -> list[Example]:
     messages = read_messages(values.get("messages"), notes)
     if kind == "chat":
         return [
-            Example("chat", cells.place, cells.shape, trainable(messages, notes), tools=tools, group=group, notes=unique(notes))
+            Example(
+                "chat",
+                cells.place,
+                cells.shape,
+                trainable(messages, notes),
+                tools=tools,
+                group=group,
+                notes=unique(notes),
+                rating=rating,
+            )
         ]
     if kind == "unpaired":
         label = read_label(values.get("label"))
@@ -765,7 +348,7 @@ class MappedReader:
 
     def read(self, cells: Cells) -> list[Example]:
         mapped = Cells(cells.place, self._values(cells), shape="mapped", notes=cells.notes)
-        return self._examples(mapped)
+        return with_rating(mapped, self._examples(mapped))
 
     def _values(self, cells: Cells) -> dict[str, Any]:
         names = {"answer": "output", "text": "text"}

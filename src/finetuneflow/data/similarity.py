@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from finetuneflow.data.examples import Example, Message
+from finetuneflow.data.examples import Example, Message, prompt_of
 
 NEAR_THRESHOLD = 0.8
 PERMUTATIONS = 128
@@ -32,21 +32,38 @@ def exact_key(example: Example) -> int:
     parts = [
         example.kind,
         str(example.label),
-        *_turn_parts(example.messages),
+        *turn_parts(example.messages),
         "\x1d",
-        *_turn_parts(example.chosen),
+        *turn_parts(example.chosen),
         "\x1d",
-        *_turn_parts(example.rejected),
+        *turn_parts(example.rejected),
     ]
     if example.text is not None:
         parts.append(_collapsed(example.text))
     if example.tools:
         parts.append(json.dumps(example.tools, sort_keys=True))
+    return _hashed(parts)
+
+
+def prompt_key(example: Example) -> int | None:
+    """64 bits that are equal for examples with the same prompt, white space aside; None for a document, which has none."""
+    if example.kind == "text":
+        return None
+    tools = [json.dumps(example.tools, sort_keys=True)] if example.tools else []
+    return _hashed([*turn_parts(prompt_of(example)), "\x1d", *tools])
+
+
+def answer_key(messages: Sequence[Message]) -> int:
+    """64 bits that are equal for the same turns, white space aside."""
+    return _hashed(turn_parts(messages))
+
+
+def _hashed(parts: Iterable[str]) -> int:
     digest = hashlib.blake2b("\x1e".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
-def _turn_parts(messages: Sequence[Message]) -> Iterator[str]:
+def turn_parts(messages: Sequence[Message]) -> Iterator[str]:
     for message in messages:
         yield message.role
         yield _collapsed(message.content)

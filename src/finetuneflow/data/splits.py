@@ -1,7 +1,7 @@
 """Splitting: a held-out part that shares nothing with what is trained on.
 
 Place in the flow: after `examples.to_examples`, before tokenizing. Exact and near duplicates and everything of one
-group (same document, same conversation tree) fall on one side; the choice depends on the seed and the order alone.
+group (same document, same conversation tree; where asked, same prompt) fall on one side; the choice depends on the seed and the order alone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from itertools import chain
 from typing import Literal
 
 from finetuneflow.data.examples import Example
-from finetuneflow.data.similarity import Union, exact_key, near_clusters
+from finetuneflow.data.similarity import Union, exact_key, near_clusters, prompt_key
 from finetuneflow.errors import DataError
 
+LeakKind = Literal["exact", "near", "group", "prompt"]
 FEW_EVAL_EXAMPLES = 20  # below this, one example moves the mean loss too much to compare runs
 
 
@@ -31,15 +32,17 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """An evaluation example that training has seen: the same, nearly the same, or of the same group."""
+    """An evaluation example that training has seen: the same, nearly the same, of the same group, or its prompt."""
 
     train_index: int
     eval_index: int
-    kind: Literal["exact", "near", "group"]
+    kind: LeakKind
 
 
-def split(examples: Sequence[Example], *, eval_fraction: float, seed: int) -> Split:
+def split(examples: Sequence[Example], *, eval_fraction: float, seed: int, by_prompt: bool = False) -> Split:
     """Hold out about `eval_fraction` of the examples (0 <= fraction < 1); at least one when the fraction is above 0.
+
+    `by_prompt`: all examples of one prompt fall on one side, as preferences about one prompt tell of each other.
 
     Raises `DataError` when nothing can be held out without training on it.
     """
@@ -52,6 +55,8 @@ def split(examples: Sequence[Example], *, eval_fraction: float, seed: int) -> Sp
     if eval_fraction == 0:
         return Split(tuple(range(len(examples))), (), len(examples))
     alike = near_clusters(examples)
+    if by_prompt:
+        alike = _with_prompts(examples, alike)
     clusters, warnings = _clusters(examples, alike)
     if len(clusters) < 2:
         raise DataError(
@@ -94,6 +99,17 @@ def _with_groups(examples: Sequence[Example], alike: list[int]) -> list[int]:
     return union.roots()
 
 
+def _with_prompts(examples: Sequence[Example], alike: list[int]) -> list[int]:
+    union = Union(len(alike))
+    first_of_prompt: dict[int, int] = {}
+    for index, root in enumerate(alike):
+        union.join(index, root)
+        key = prompt_key(examples[index])
+        if key is not None:
+            union.join(index, first_of_prompt.setdefault(key, index))
+    return union.roots()
+
+
 def _members(roots: list[int]) -> list[list[int]]:
     members: dict[int, list[int]] = {}
     for index, root in enumerate(roots):
@@ -116,32 +132,27 @@ def _choose(clusters: list[list[int]], wanted: int, seed: int) -> list[int]:
     return chosen or min(order, key=len)
 
 
-def leaks(train: Sequence[Example], evaluation: Sequence[Example]) -> list[Leak]:
+def leaks(train: Sequence[Example], evaluation: Sequence[Example], *, by_prompt: bool = False) -> list[Leak]:
     """Evaluation examples that a given training file holds too, each with one training example that shows it."""
     alike = near_clusters(chain(train, evaluation))
-    keys: dict[int, int] = {}
-    near: dict[int, int] = {}
-    groups: dict[str, int] = {}
+    seen: dict[LeakKind, dict[int | str, int]] = {"exact": {}, "near": {}, "group": {}, "prompt": {}}
     for index, example in enumerate(train):
-        keys.setdefault(exact_key(example), index)
-        near.setdefault(alike[index], index)
-        if example.group is not None:
-            groups.setdefault(example.group, index)
+        for kind, key in _marks(example, alike[index], by_prompt).items():
+            seen[kind].setdefault(key, index)
     found = []
     for index, example in enumerate(evaluation):
-        seen = _seen(
-            keys.get(exact_key(example)),
-            near.get(alike[len(train) + index]),
-            groups.get(example.group) if example.group is not None else None,
-        )
-        if seen is not None:
-            found.append(Leak(seen[0], index, seen[1]))
+        marks = _marks(example, alike[len(train) + index], by_prompt)
+        hit = next((kind for kind, key in marks.items() if key in seen[kind]), None)
+        if hit is not None:
+            found.append(Leak(seen[hit][marks[hit]], index, hit))
     return found
 
 
-def _seen(exact: int | None, near: int | None, group: int | None) -> tuple[int, Literal["exact", "near", "group"]] | None:
-    if exact is not None:
-        return exact, "exact"
-    if near is not None:
-        return near, "near"
-    return (group, "group") if group is not None else None
+def _marks(example: Example, cluster: int, by_prompt: bool) -> dict[LeakKind, int | str]:
+    """By what an example can be known again, the surest first."""
+    marks: dict[LeakKind, int | str] = {"exact": exact_key(example), "near": cluster}
+    if example.group is not None:
+        marks["group"] = example.group
+    if by_prompt and (key := prompt_key(example)) is not None:
+        marks["prompt"] = key
+    return marks

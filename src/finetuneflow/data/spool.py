@@ -96,6 +96,31 @@ class Selection(Sequence[Example]):
         return (self._examples[i] for i in self._indices)
 
 
+class Concatenation(Sequence[Example]):
+    """Two sequences of examples, one behind the other; nothing is copied."""
+
+    def __init__(self, first: Sequence[Example], second: Sequence[Example]) -> None:
+        self._first = first
+        self._second = second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return Selection(self, range(*index.indices(len(self))))
+        index = range(len(self))[index]
+        return self._first[index] if index < len(self._first) else self._second[index - len(self._first)]
+
+    def __iter__(self) -> Iterator[Example]:
+        yield from self._first
+        yield from self._second
+
+
 def _characters(example: Example) -> int:
     turns = (*example.messages, *example.chosen, *example.rejected)
     return len(example.text or "") + sum(len(message.content) for message in turns)

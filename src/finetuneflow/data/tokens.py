@@ -132,11 +132,24 @@ class TokenizeStats:
         self.split += len(result) > 1
         self.cut += any(row.lost_tokens for row in result)
         for row in result:
-            self._count_row(row, bos_id)
+            self.rows += 1
+            self._count_tokens(row, bos_id)
 
-    def _count_row(self, row: Tokens, bos_id: int | None) -> None:
-        supervised = row.supervised
+    def count_sides(self, result: Sequence[Tokens] | Problem, bos_id: int | None) -> None:
+        """Count the outcome of one pair or rated answer: one row, whose tokens are those of all its sides."""
+        self.examples += 1
+        if isinstance(result, Problem):
+            self.problems[result.code] += 1
+            self.dropped += 1
+            return
+        self.chats += 1
         self.rows += 1
+        self.cut += any(side.lost_tokens for side in result)
+        for side in result:
+            self._count_tokens(side, bos_id)
+
+    def _count_tokens(self, row: Tokens, bos_id: int | None) -> None:
+        supervised = row.supervised
         self.tokens += len(row.ids)
         self.supervised += supervised
         self.unsupervised_rows += supervised == 0
@@ -169,13 +182,13 @@ def tokenize_many(
     stats: TokenizeStats | None = None,
 ) -> Iterator[list[Tokens] | Problem]:
     """The outcome of each example, in order. Works in batches, as the tokenizer's threads like it; memory stays flat."""
-    _check(policy)
-    for example, encoded in _encode(examples, template):
+    check_policy(policy)
+    for example, encoded in encode_examples(examples, template):
         result: list[Tokens] | Problem
         if isinstance(encoded, Problem):
             result = encoded
         else:
-            result = _fit(_label(*encoded, template, policy), encoded[0], template, policy)
+            result = _fit(label_source(*encoded, template, policy), encoded[0], template, policy)
         if stats is not None:
             stats.count(example, result, template.bos_id)
         yield result
@@ -183,16 +196,16 @@ def tokenize_many(
 
 def measure(examples: Iterable[Example], template: Template, policy: Policy = Policy()) -> Iterator[Measure | Problem]:
     """Sizes of each example before anything is cut, in order."""
-    for _, encoded in _encode(examples, template):
+    for _, encoded in encode_examples(examples, template):
         if isinstance(encoded, Problem):
             yield encoded
             continue
-        row = _label(*encoded, template, policy)
+        row = label_source(*encoded, template, policy)
         kept = row.labels[: policy.max_length]
         yield Measure(len(row.ids), row.supervised, row.supervised - (len(kept) - kept.count(MASKED)))
 
 
-def _check(policy: Policy) -> None:
+def check_policy(policy: Policy) -> None:
     if policy.max_length < 2:
         raise DataError(
             "CONFIG_INVALID_VALUE", f"max_length is {policy.max_length}; a row needs at least 2 tokens.", where="max_length"
@@ -206,7 +219,7 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """An example as text, ready for the tokenizer. `located` is None for a document."""
 
     example: Example
@@ -215,13 +228,15 @@ class _Source:
     located: Located | None
 
 
-def _encode(examples: Iterable[Example], template: Template) -> Iterator[tuple[Example, tuple[_Source, Encoded] | Problem]]:
+def encode_examples(
+    examples: Iterable[Example], template: Template
+) -> Iterator[tuple[Example, tuple[Source, Encoded] | Problem]]:
     """Each example with its text and ids, in order. While the tokenizer's threads encode one batch, the next is rendered."""
     with ThreadPoolExecutor(max_workers=1) as encoder:
-        waiting: tuple[list[Example], list[_Source | Problem], Future[list[Encoded | DataError]]] | None = None
+        waiting: tuple[list[Example], list[Source | Problem], Future[list[Encoded | DataError]]] | None = None
         for batch in _batches(examples):
-            sources = [_render(example, template) for example in batch]
-            texts = [source.text for source in sources if isinstance(source, _Source)]
+            sources = [render_example(example, template) for example in batch]
+            texts = [source.text for source in sources if isinstance(source, Source)]
             ready, waiting = waiting, (batch, sources, encoder.submit(_encode_texts, texts, template))
             if ready is not None:
                 yield from _together(*ready)
@@ -230,8 +245,8 @@ def _encode(examples: Iterable[Example], template: Template) -> Iterator[tuple[E
 
 
 def _together(
-    batch: Sequence[Example], sources: Sequence[_Source | Problem], encoding: Future[list[Encoded | DataError]]
-) -> Iterator[tuple[Example, tuple[_Source, Encoded] | Problem]]:
+    batch: Sequence[Example], sources: Sequence[Source | Problem], encoding: Future[list[Encoded | DataError]]
+) -> Iterator[tuple[Example, tuple[Source, Encoded] | Problem]]:
     encoded = iter(encoding.result())
     for example, source in zip(batch, sources, strict=True):
         if isinstance(source, Problem):
@@ -239,7 +254,7 @@ def _together(
             continue
         outcome = next(encoded)
         if isinstance(outcome, DataError):
-            yield example, _problem(example, outcome.code, outcome.message, outcome.remedy or "")
+            yield example, problem_of(example, outcome.code, outcome.message, outcome.remedy or "")
         else:
             yield example, (source, outcome)
 
@@ -249,10 +264,10 @@ def _encode_texts(texts: Sequence[str], template: Template) -> list[Encoded | Da
     try:
         return list(template.encoder.encode_batch(texts))
     except DataError:
-        return [_encode_text(text, template) for text in texts]
+        return [encode_text(text, template) for text in texts]
 
 
-def _encode_text(text: str, template: Template) -> Encoded | DataError:
+def encode_text(text: str, template: Template) -> Encoded | DataError:
     try:
         return template.encoder.encode(text)
     except DataError as error:
@@ -262,17 +277,17 @@ def _encode_text(text: str, template: Template) -> Encoded | DataError:
 # Example -> text ---------------------------------------------------------------------------------------------------------
 
 
-def _render(example: Example, template: Template) -> _Source | Problem:
+def render_example(example: Example, template: Template) -> Source | Problem:
     try:
         if example.kind == "text":
-            return _Source(example, template.protect(example.text or ""), (), None)
+            return Source(example, template.protect(example.text or ""), (), None)
         messages = _conversation(example)
         if isinstance(messages, Problem):
             return messages
         located = template.locate(messages, example.tools)
-        return _Source(example, located.text, messages, located)
+        return Source(example, located.text, messages, located)
     except DataError as error:
-        return _problem(example, error.code, error.message, error.remedy or "Change the row, or choose another template.")
+        return problem_of(example, error.code, error.message, error.remedy or "Change the row, or choose another template.")
 
 
 def _conversation(example: Example) -> tuple[Message, ...] | Problem:
@@ -280,18 +295,18 @@ def _conversation(example: Example) -> tuple[Message, ...] | Problem:
     if example.kind == "preference":
         return example.messages + example.chosen
     if example.kind == "unpaired" and example.label is False:
-        return _problem(example, "ROW_NO_ANSWER", "an answer rated as bad", "Train on it with a preference objective instead.")
+        return problem_of(example, "ROW_NO_ANSWER", "an answer rated as bad", "Train on it with a preference objective instead.")
     return example.messages
 
 
-def _problem(example: Example, code: str, found: str, hint: str) -> Problem:
+def problem_of(example: Example, code: str, found: str, hint: str) -> Problem:
     return Problem(example.place, code, found, hint)
 
 
 # Text -> labels ----------------------------------------------------------------------------------------------------------
 
 
-def _label(source: _Source, encoded: Encoded, template: Template, policy: Policy) -> Tokens:
+def label_source(source: Source, encoded: Encoded, template: Template, policy: Policy) -> Tokens:
     """The whole row, however long."""
     if source.located is None:
         return _label_document(source, encoded, template)
@@ -324,7 +339,7 @@ def _token_after(encoded: Encoded, char: int, length: int) -> int:
     return token + 1 if encoded.starts_before(token, char) else token
 
 
-def _chosen(source: _Source, located: Located, policy: Policy) -> set[int]:
+def _chosen(source: Source, located: Located, policy: Policy) -> set[int]:
     """Numbers of the assistant's turns in the loss, in the template's count of turns."""
     shift = len(source.messages) - located.turns  # a merged system message makes one turn less
     weighted = [a.message for a in located.answers if source.messages[a.message + shift].weight > 0]
@@ -334,7 +349,7 @@ def _chosen(source: _Source, located: Located, policy: Policy) -> set[int]:
     return set(weighted)
 
 
-def _label_document(source: _Source, encoded: Encoded, template: Template) -> Tokens:
+def _label_document(source: Source, encoded: Encoded, template: Template) -> Tokens:
     ids = [*([template.bos_id] if template.adds_bos and template.bos_id is not None else []), *encoded.ids]
     spans = [Span(0, len(ids), "supervised")] if ids else []
     if template.eos_id is not None and ids:
@@ -346,15 +361,15 @@ def _label_document(source: _Source, encoded: Encoded, template: Template) -> To
 # Rows that are too long --------------------------------------------------------------------------------------------------
 
 
-def _fit(row: Tokens, source: _Source, template: Template, policy: Policy) -> list[Tokens] | Problem:
+def _fit(row: Tokens, source: Source, template: Template, policy: Policy) -> list[Tokens] | Problem:
     if row.supervised == 0:
         hint = "A row needs an assistant turn with text and a weight above 0."
-        return _problem(source.example, "ROW_NO_ANSWER", "no token that would enter the loss", hint)
+        return problem_of(source.example, "ROW_NO_ANSWER", "no token that would enter the loss", hint)
     if len(row.ids) <= policy.max_length:
         return [row]
     if policy.overlong == "drop":
         found = f"{len(row.ids):,} tokens, {row.supervised:,} of them in answers"
-        return _problem(
+        return problem_of(
             source.example, "ROW_TOO_LONG", found, f"Raise max_length above {policy.max_length:,}, or cut or split long rows."
         )
     if policy.overlong == "split":
@@ -362,7 +377,7 @@ def _fit(row: Tokens, source: _Source, template: Template, policy: Policy) -> li
     return _cut(row, source, template, policy)
 
 
-def _truncate(row: Tokens, length: int) -> Tokens:
+def truncate(row: Tokens, length: int) -> Tokens:
     """The first `length` tokens, with the loss in tokens written down."""
     spans = tuple(replace(span, end=min(span.end, length)) for span in row.spans if span.start < length)
     spans = tuple(
@@ -376,32 +391,32 @@ def _truncate(row: Tokens, length: int) -> Tokens:
     )
 
 
-def _cut(row: Tokens, source: _Source, template: Template, policy: Policy) -> list[Tokens] | Problem:
-    shorter = _truncate(row, policy.max_length)
+def _cut(row: Tokens, source: Source, template: Template, policy: Policy) -> list[Tokens] | Problem:
+    shorter = truncate(row, policy.max_length)
     if shorter.supervised:
         return [shorter]
     newest = _newest_that_fit(row, source, template, policy)
     if newest is not None:
         return [newest]
     found = f"a prompt of {row.labels.index(next(x for x in row.labels if x != MASKED)):,} tokens before the first answer"
-    return _problem(
+    return problem_of(
         source.example, "ROW_NO_ANSWER_LEFT", found, f"Raise max_length above {policy.max_length:,}, or shorten the prompt."
     )
 
 
-def _newest_that_fit(row: Tokens, source: _Source, template: Template, policy: Policy) -> Tokens | None:
+def _newest_that_fit(row: Tokens, source: Source, template: Template, policy: Policy) -> Tokens | None:
     """The conversation without its oldest exchanges, as few of them gone as possible; None if even the last is too long."""
     if source.located is None:
         return None
-    head, exchanges = _exchanges(source.messages)
+    head, exchanges = exchanges_of(source.messages)
     for first in range(1, len(exchanges)):
-        whole = _again(source, (*head, *_flat(exchanges[first:])), template, policy)
+        whole = render_again(source, (*head, *flat(exchanges[first:])), template, policy)
         if whole is None:
             continue
         if len(whole.ids) > policy.max_length:
             if first < len(exchanges) - 1:
                 continue
-            whole = _truncate(whole, policy.max_length)
+            whole = truncate(whole, policy.max_length)
         if whole.supervised:
             return replace(
                 whole, lost_tokens=len(row.ids) - len(whole.ids), lost_answer_tokens=max(0, row.supervised - whole.supervised)
@@ -409,9 +424,9 @@ def _newest_that_fit(row: Tokens, source: _Source, template: Template, policy: P
     return None
 
 
-def _split(row: Tokens, source: _Source, template: Template, policy: Policy) -> list[Tokens] | Problem:
+def _split(row: Tokens, source: Source, template: Template, policy: Policy) -> list[Tokens] | Problem:
     """Parts of a conversation: as many whole exchanges in each as fit. An exchange too long by itself is cut."""
-    head, exchanges = _exchanges(source.messages)
+    head, exchanges = exchanges_of(source.messages)
     parts: list[Tokens] = []
     first = 0
     while first < len(exchanges):
@@ -421,7 +436,7 @@ def _split(row: Tokens, source: _Source, template: Template, policy: Policy) -> 
         first += taken
     if not parts:
         found = f"{len(row.ids):,} tokens, and no exchange whose answer begins within {policy.max_length:,}"
-        return _problem(source.example, "ROW_NO_ANSWER_LEFT", found, f"Raise max_length above {policy.max_length:,}.")
+        return problem_of(source.example, "ROW_NO_ANSWER_LEFT", found, f"Raise max_length above {policy.max_length:,}.")
     lost = row.supervised - sum(part.supervised for part in parts)
     others = sum(part.lost_answer_tokens for part in parts[1:])
     parts[0] = replace(parts[0], lost_answer_tokens=max(0, lost - others))
@@ -429,34 +444,34 @@ def _split(row: Tokens, source: _Source, template: Template, policy: Policy) -> 
 
 
 def _longest_part(
-    source: _Source, head: tuple[Message, ...], exchanges: Sequence[tuple[Message, ...]], template: Template, policy: Policy
+    source: Source, head: tuple[Message, ...], exchanges: Sequence[tuple[Message, ...]], template: Template, policy: Policy
 ) -> tuple[Tokens | None, int]:
     """As many exchanges as fit, by bisection, and how many they are (at least one, cut if need be)."""
     best: Tokens | None = None
     low, high = 0, len(exchanges)
     while low < high:
         middle = (low + high + 1) // 2
-        row = _again(source, (*head, *_flat(exchanges[:middle])), template, policy)
+        row = render_again(source, (*head, *flat(exchanges[:middle])), template, policy)
         if row is not None and len(row.ids) <= policy.max_length:
             best, low = row, middle
         else:
             high = middle - 1
     if low:
         return best, low
-    alone = _again(source, (*head, *exchanges[0]), template, policy)
-    return (None if alone is None else _truncate(alone, policy.max_length)), 1
+    alone = render_again(source, (*head, *exchanges[0]), template, policy)
+    return (None if alone is None else truncate(alone, policy.max_length)), 1
 
 
-def _again(source: _Source, messages: tuple[Message, ...], template: Template, policy: Policy) -> Tokens | None:
+def render_again(source: Source, messages: tuple[Message, ...], template: Template, policy: Policy) -> Tokens | None:
     """The labelled row of some of an example's messages."""
-    rendered = _render(replace(source.example, kind="chat", messages=messages), template)
+    rendered = render_example(replace(source.example, kind="chat", messages=messages), template)
     if isinstance(rendered, Problem):
         return None
-    encoded = _encode_text(rendered.text, template)
-    return None if isinstance(encoded, DataError) else _label(rendered, encoded, template, policy)
+    encoded = encode_text(rendered.text, template)
+    return None if isinstance(encoded, DataError) else label_source(rendered, encoded, template, policy)
 
 
-def _exchanges(messages: Sequence[Message]) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
+def exchanges_of(messages: Sequence[Message]) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
     """The system messages at the head, and the exchanges: a question with all that follows until the next question."""
     count = next((number for number, message in enumerate(messages) if message.role != "system"), len(messages))
     exchanges: list[list[Message]] = []
@@ -467,7 +482,7 @@ def _exchanges(messages: Sequence[Message]) -> tuple[tuple[Message, ...], list[t
     return tuple(messages[:count]), [tuple(exchange) for exchange in exchanges]
 
 
-def _flat(exchanges: Iterable[tuple[Message, ...]]) -> Iterator[Message]:
+def flat(exchanges: Iterable[tuple[Message, ...]]) -> Iterator[Message]:
     for exchange in exchanges:
         yield from exchange
 
@@ -500,10 +515,15 @@ class AuditFinding:
     message: str
 
 
-def audit(rows: TokenizeStats | Iterable[Tokens], template: Template) -> list[AuditFinding]:
-    """Check a tokenized set against the silent failures of fine-tuning. Raises DataError for what would waste the run."""
+def audit(rows: TokenizeStats | Iterable[Tokens], template: Template, *, labelled: bool = True) -> list[AuditFinding]:
+    """Check a tokenized set against the silent failures of fine-tuning. Raises DataError for what would waste the run.
+
+    `labelled` False: rows are prompts alone, which have no label to be checked.
+    """
     stats = rows if isinstance(rows, TokenizeStats) else _stats_of(rows, template)
-    _refuse_fatal(stats, template)
+    if labelled:
+        _refuse_fatal(stats, template)
+    _refuse_doubled_bos(stats, template)
     findings = [AuditFinding("TEMPLATE_NOTE", note) for note in template.notes]
     if stats.dropped:
         reasons = ", ".join(f"{code} {count:,}" for code, count in stats.problems.most_common())
@@ -530,8 +550,9 @@ def _stats_of(rows: Iterable[Tokens], template: Template) -> TokenizeStats:
     stats = TokenizeStats()
     for row in rows:
         stats.examples += 1
+        stats.rows += 1
         stats.chats += any(span.message is not None for span in row.spans)
-        stats._count_row(row, template.bos_id)
+        stats._count_tokens(row, template.bos_id)
     return stats
 
 
@@ -550,6 +571,9 @@ def _refuse_fatal(stats: TokenizeStats, template: Template) -> None:
             where=f"template {template.name!r}",
             remedy="Choose a template that ends answers (chatml, plain, …), a tokenizer with an end-of-sequence token, or raise max_length.",
         )
+
+
+def _refuse_doubled_bos(stats: TokenizeStats, template: Template) -> None:
     if stats.doubled_bos:
         raise DataError(
             "TRAINING_DOUBLED_BOS",

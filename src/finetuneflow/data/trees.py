@@ -49,6 +49,18 @@ def every_path(root: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
         stack.extend((reply, [*path, _turn(reply)]) for reply in reversed(replies))
 
 
+def ranked_replies(root: dict[str, Any]) -> Iterator[tuple[list[dict[str, Any]], float]]:
+    """Every path to a ranked answer that has a ranked sibling, with its rank (0 is the best); siblings follow each other."""
+    stack = [(root, [_turn(root)])]
+    while stack:
+        node, path = stack.pop()
+        replies = replies_of(node)
+        ranked = [reply for reply in replies if reply.get("role") == "assistant" and _rank(reply) < float("inf")]
+        if len(ranked) > 1:
+            yield from (([*path, _turn(reply)], _rank(reply)) for reply in ranked)
+        stack.extend((reply, [*path, _turn(reply)]) for reply in reversed(replies))
+
+
 def _turn(node: dict[str, Any]) -> dict[str, Any]:
     return {"role": node.get("role"), "content": node.get("text")}
 

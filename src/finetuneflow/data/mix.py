@@ -1,0 +1,191 @@
+"""Mixing: one training file out of several, of any shapes, with a given share of each.
+
+Place in the flow: `ftf data mix` -> **mix** -> canonical JSON Lines, which `data.train` takes like any other file.
+
+Shares are of examples in the output. Without repetition the output is the largest that keeps the shares: the scarcest
+source, by its share, decides. What two sources both hold counts for the first of them alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from finetuneflow.data.examples import Example, Kind, Mapping, Problem, to_examples, write_canonical
+from finetuneflow.data.similarity import exact_key, near_clusters
+from finetuneflow.data.sources import read_rows
+from finetuneflow.data.spool import Concatenation, Spool
+from finetuneflow.errors import ConfigError, DataError
+
+MIXED_KINDS: frozenset[Kind] = frozenset({"chat"})  # one conversational set
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file and its weight; weights need not add up to 1."""
+
+    path: Path
+    weight: float
+
+
+@dataclass(slots=True)
+class Taken:
+    """What came of one source. `duplicates`: examples that it or an earlier source holds already."""
+
+    file: str
+    share: float
+    rows_rejected: int = 0
+    other_kinds: int = 0
+    duplicates: int = 0
+    usable: int = 0
+    taken: int = 0
+    repeated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """The result: where it is, and what of it came from where."""
+
+    out: Path
+    problems: Path
+    examples: int
+    sources: tuple[Taken, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "problems": str(self.problems),
+            "examples": self.examples,
+            "sources": [{**asdict(source), "got_share": source.taken / max(self.examples, 1)} for source in self.sources],
+        }
+
+
+def parse_sources(texts: Sequence[str]) -> list[Source]:
+    """`file=weight` as the command line gives it; without a weight, 1."""
+    found = []
+    for text in texts:
+        name, separator, number = text.rpartition("=")
+        if not separator or Path(text).exists():
+            name, number = text, "1"
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not name or not 0 < weight < float("inf"):
+            raise ConfigError(
+                "CONFIG_INVALID_VALUE", f"{text[:120]!r} is not of the form file=weight.", remedy="For instance: mine.jsonl=0.7"
+            )
+        found.append(Source(Path(name), weight))
+    return found
+
+
+def mix(
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    count: int | None = None,
+    repeat: bool = False,
+    near_duplicates: bool = False,
+    mapping: Mapping | None = None,
+    seed: int = 42,
+) -> Mix:
+    """Write the mixed file and a problems file beside it. `count`: examples wanted; with `repeat`, sources may be used again."""
+    problems: list[Problem] = []
+    pools, taken = _read_all(sources, out.parent, mapping, problems)
+    kept = _distinct(pools, taken, near=near_duplicates)
+    wanted = _counts([source.weight for source in sources], [len(indices) for indices in kept], count, repeat=repeat)
+    order: list[tuple[int, int]] = []  # (source, index)
+    for number, (indices, size) in enumerate(zip(kept, wanted, strict=True)):
+        order += [(number, index) for index in _sample(indices, size, random.Random(f"{seed}-{number}"))]
+        taken[number].taken = size
+        taken[number].repeated = max(0, size - len(indices))
+    random.Random(seed).shuffle(order)
+    problems_path = out.with_name(f"{out.stem}.problems.jsonl")
+    examples: Iterable[Example | Problem] = (pools[number][index] for number, index in order)
+    written, _ = write_canonical(chain(examples, problems), out, problems_path=problems_path)
+    return Mix(out, problems_path, written, tuple(taken))
+
+
+def _read_all(
+    sources: Sequence[Source], folder: Path, mapping: Mapping | None, problems: list[Problem]
+) -> tuple[list[Spool], list[Taken]]:
+    whole = sum(source.weight for source in sources)
+    pools, taken = [], []
+    for source in sources:
+        pool, facts = Spool(folder), Taken(str(source.path), source.weight / whole)
+        for item in to_examples(read_rows(source.path), mapping):
+            if isinstance(item, Problem):
+                facts.rows_rejected += 1
+                problems.append(item)
+            elif item.kind in MIXED_KINDS:
+                pool.append(item)
+            else:
+                facts.other_kinds += 1
+        if not pool:
+            raise DataError(
+                "DATASET_NOTHING_USABLE",
+                f"{source.path} has no conversation that could be mixed ({facts.rows_rejected:,} rows rejected, {facts.other_kinds:,} examples of other kinds).",
+                where=str(source.path),
+                remedy=f"See why: ftf data check {source.path}",
+            )
+        pools.append(pool)
+        taken.append(facts)
+    return pools, taken
+
+
+def _distinct(pools: Sequence[Spool], taken: Sequence[Taken], *, near: bool) -> list[list[int]]:
+    """Per source the indices of examples that neither it nor an earlier source has already."""
+    together: Sequence[Example] = pools[0]
+    for pool in pools[1:]:
+        together = Concatenation(together, pool)
+    keys: Iterator[int] = iter(near_clusters(together) if near else (exact_key(example) for example in together))
+    seen: set[int] = set()
+    kept: list[list[int]] = []
+    for pool, facts in zip(pools, taken, strict=True):
+        indices = []
+        for index in range(len(pool)):
+            key = next(keys)
+            if key not in seen:
+                seen.add(key)
+                indices.append(index)
+        facts.duplicates, facts.usable = len(pool) - len(indices), len(indices)
+        if not indices:
+            raise DataError(
+                "DATASET_NOTHING_USABLE",
+                f"Everything in {facts.file} is in the files before it already.",
+                remedy="Leave it out, or name it first.",
+            )
+        kept.append(indices)
+    return kept
+
+
+def _counts(weights: Sequence[float], available: Sequence[int], count: int | None, *, repeat: bool) -> list[int]:
+    """How many examples of each source: the wanted number, or as many as keep the shares without repetition."""
+    whole = sum(weights)
+    shares = [weight / whole for weight in weights]
+    most = min(size / share for size, share in zip(available, shares, strict=True))
+    if repeat:
+        total = float(count) if count is not None else max(size / share for size, share in zip(available, shares, strict=True))
+    else:
+        total = min(most, count) if count is not None else most
+    exact = [share * total for share in shares]
+    sizes = [int(number + 1e-9) for number in exact]
+    # Largest remainders get what rounding down left over, as far as a source has it.
+    rest = int(total + 1e-9) - sum(sizes)
+    by_remainder = sorted(range(len(sizes)), key=lambda number: sizes[number] - exact[number])
+    for number in by_remainder[: max(0, rest)]:
+        if repeat or sizes[number] < available[number]:
+            sizes[number] += 1
+    return sizes
+
+
+def _sample(indices: Sequence[int], size: int, chance: random.Random) -> list[int]:
+    """A seeded sample; more than there are means every one again before any a third time."""
+    chosen: list[int] = []
+    while len(chosen) < size:
+        chosen += chance.sample(list(indices), min(len(indices), size - len(chosen)))
+    return chosen
