@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("data_check", "sft_against_trl", "adapters_135m", "memory")
+NAMES = ("data_check", "sft_against_trl", "adapters_135m", "memory", "scan")
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or NAMES:

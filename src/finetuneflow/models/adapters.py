@@ -21,8 +21,8 @@ from torch import nn
 
 from finetuneflow.errors import ModelError, TrainingError
 from finetuneflow.models.targets import (
-    STATE_SPACE_TARGETS,
     checked_modules_to_save,
+    has_attention,
     has_conv1d,
     ia3_targets,
     resolve_targets,
@@ -30,7 +30,11 @@ from finetuneflow.models.targets import (
 )
 
 AdapterKind = Literal["full", "lora", "qlora", "dora", "rslora", "ia3", "prefix"]
+MERGEABLE = ("LORA", "IA3")
 LOW_RANK_KINDS = ("lora", "qlora", "dora", "rslora")
+
+TRAINED = "default"  # the adapter that is trained and saved, among others that may be loaded beside it
+REFERENCE = "ref"  # a frozen adapter that preferences are measured against (the name that TRL looks for)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -44,6 +48,7 @@ class AdapterSpec:
     a list of module names, or one regular expression that matches whole module paths.
     `init`: True is PEFT's default (A Kaiming uniform, B zero); else one of its names ("gaussian", "pissa", "olora", …).
     `r`, `alpha`, `dropout`, `rslora`, `bias` and `init` concern the low-rank kinds, `num_virtual_tokens` prefix tuning.
+    `task`: what the model under it does; a reward model scores.
     """
 
     kind: AdapterKind = "lora"
@@ -56,6 +61,7 @@ class AdapterSpec:
     bias: Literal["none", "all", "lora_only"] = "none"
     num_virtual_tokens: int = 20
     init: bool | str = True
+    task: Literal["generate", "score"] = "generate"
 
 
 class ParameterCount(NamedTuple):
@@ -131,22 +137,23 @@ def peft_config(model: Any, spec: AdapterSpec) -> Any:
     """PEFT's configuration for `spec` on this model, its target modules resolved and checked."""
     import peft
 
+    task = {"generate": "CAUSAL_LM", "score": "SEQ_CLS"}[spec.task]
     if spec.kind == "prefix":
         _require_attention(model)
-        return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=spec.num_virtual_tokens)
+        return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=spec.num_virtual_tokens)
     targets = resolve_targets(model, spec.target_modules, kind=spec.kind)
     to_save = checked_modules_to_save(model, spec.modules_to_save)
     if spec.kind == "ia3":
         targets, feedforward = ia3_targets(model, targets)
         return peft.IA3Config(
-            task_type="CAUSAL_LM",
+            task_type=task,
             target_modules=targets,
             feedforward_modules=feedforward,
             modules_to_save=to_save,
             fan_in_fan_out=has_conv1d(model),
         )
     return peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         r=spec.r,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]  # PEFT divides by it; a fraction is fine
         lora_dropout=spec.dropout,
@@ -162,12 +169,26 @@ def peft_config(model: Any, spec: AdapterSpec) -> Any:
 
 
 def _require_attention(model: Any) -> None:
-    if model.config.model_type in STATE_SPACE_TARGETS:
+    if not has_attention(model):
         raise ModelError(
             "ADAPTER_UNSUPPORTED",
             f"Prefix tuning puts keys and values before the text, and {model.config.model_type} has no attention.",
             remedy="Use the method lora.",
         )
+
+
+def is_peft_model(model: Any) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "base_model")
+
+
+def load_adapter_weights(model: Any, adapter_dir: Path, *, name: str) -> None:
+    """Put the weights of a saved adapter into one of the same shape that the model already has."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    config = check_adapter_dir(adapter_dir)
+    _check_all_tensors_used(model, name, adapter_dir, config)
+    set_peft_model_state_dict(model, load_file(adapter_dir / ADAPTER_WEIGHTS), adapter_name=name)
 
 
 def is_quantized(model: Any) -> bool:
@@ -211,8 +232,12 @@ def require_trainable(model: nn.Module) -> ParameterCount:
 
 
 def save_adapter(model: Any, adapter_dir: Path) -> None:
-    """Write the active adapter in PEFT's format: safetensors and its configuration, readable by other users."""
-    model.save_pretrained(str(adapter_dir), save_embedding_layers=False)
+    """Write the trained adapter in PEFT's format: safetensors and its configuration, readable by other users.
+
+    Of several adapters in memory only that one is written.
+    """
+    chosen = {"selected_adapters": [TRAINED]} if TRAINED in model.peft_config else {}
+    model.save_pretrained(str(adapter_dir), save_embedding_layers=False, **chosen)
     for path in adapter_dir.rglob("*"):
         if path.is_file():
             path.chmod(0o644)  # safetensors writes 0600
@@ -307,6 +332,93 @@ def _base_mismatch(adapter_dir: Path, config: dict[str, Any], what: str) -> Mode
         where=str(adapter_dir),
         remedy=f"It was trained on {config.get('base_model_name_or_path')!r}; load it on that base.",
     )
+
+
+def merge_into(model: Any, adapter_dir: Path) -> Any:
+    """The plain model with a saved adapter's change written into its weights, in memory."""
+    require_mergeable(adapter_dir)
+    return load_adapters(model, {TRAINED: adapter_dir}).merge_and_unload(safe_merge=True)
+
+
+def require_mergeable(adapter_dir: Path) -> None:
+    """Raise `ADAPTER_NOT_MERGEABLE` for an adapter that is no change of weights."""
+    config = check_adapter_dir(adapter_dir)
+    if config["peft_type"] not in MERGEABLE:
+        raise ModelError(
+            "ADAPTER_NOT_MERGEABLE",
+            f"An adapter of type {config['peft_type']} cannot be merged into weights.",
+            where=str(adapter_dir),
+            remedy="Continue it (model.adapter_start: continue) or load it beside its base model.",
+        )
+
+
+def write_sum(lower: Path, upper: Path, target: Path) -> None:
+    """One LoRA adapter that does what `lower` and `upper` do together, on the base of `lower`; `target` is a new folder.
+
+    The matrices stand side by side: A of both stacked, B of both beside each other, each B times its own scaling, so that
+    B A = s1 B1 A1 + s2 B2 A2 exactly. A layer that only one of them adapts keeps that one's rank.
+    """
+    from safetensors.torch import load_file, save_file
+
+    configs = [_summable(folder) for folder in (lower, upper)]
+    weights = [load_file(folder / ADAPTER_WEIGHTS) for folder in (lower, upper)]
+    scaled = [_scaled(tensors, config) for tensors, config in zip(weights, configs, strict=True)]
+    summed = {key: _beside(key, [part[key] for part in scaled if key in part]) for key in sorted({*scaled[0], *scaled[1]})}
+    ranks = {_layer(key): tensor.shape[0] for key, tensor in summed.items() if ".lora_A." in key}
+    rank = max(ranks.values())
+    odd = {layer: own for layer, own in sorted(ranks.items()) if own != rank}
+    config = {
+        **configs[0],
+        "r": rank,
+        "lora_alpha": rank,  # scaling 1: it is in B
+        "use_rslora": False,
+        "rank_pattern": odd,
+        "alpha_pattern": odd,
+        "target_modules": sorted(ranks),  # whole paths: the two may adapt different layers
+    }
+    target.mkdir(parents=True)
+    save_file(summed, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (target / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+    for path in target.iterdir():
+        path.chmod(0o644)
+
+
+def _summable(adapter_dir: Path) -> dict[str, Any]:
+    config = check_adapter_dir(adapter_dir)
+    if config["peft_type"] != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
+        raise ModelError(
+            "ADAPTER_NOT_MERGEABLE",
+            "Only LoRA adapters without DoRA and without modules trained in full can be stacked into one.",
+            where=str(adapter_dir),
+            remedy="Use model.adapter_start: continue or merge.",
+        )
+    return config
+
+
+def _scaled(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors in fp32, each B times alpha / r (or alpha / sqrt(r)) of its layer."""
+    found = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.float()
+        if ".lora_B." in key:
+            rank = tensor.shape[1]
+            alpha = _pattern_value(config.get("alpha_pattern") or {}, _layer(key), config["lora_alpha"])
+            tensor = tensor * (alpha / (rank**0.5 if config.get("use_rslora") else rank))
+        found[key] = tensor
+    return found
+
+
+def _beside(key: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts, dim=0 if ".lora_A." in key else 1).contiguous()
+
+
+def _layer(key: str) -> str:
+    """The path of the layer that a tensor of an adapter file belongs to."""
+    return key.removeprefix("base_model.model.").split(".lora_")[0]
+
+
+def _pattern_value(pattern: Mapping[str, Any], layer: str, otherwise: float) -> float:
+    return next((float(value) for end, value in pattern.items() if layer == end or layer.endswith(f".{end}")), otherwise)
 
 
 def switch_adapter(model: Any, name: str) -> None:

@@ -22,11 +22,14 @@ from finetuneflow.models.adapters import (
     check_adapter_dir,
     is_quantized,
     load_adapters,
+    merge_into,
+    require_mergeable,
     trainable_parameters,
 )
 from finetuneflow.models.source import ModelSource, Snapshot, resolve
 from finetuneflow.models.targets import STATE_SPACE_TARGETS
-from finetuneflow.models.tokenizer import load_tokenizer
+from finetuneflow.models.tokenizer import load_tokenizer, quiet_transformers
+from finetuneflow.models.trial import check_model, without_checkpointing
 
 Quantize = Literal["nf4", "fp4", "int8"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,9 +97,19 @@ def load_base(
         device=target,
         attn_implementation=attn_implementation,
     )
+    own_notes = _checked_own(model, snapshot)
     pad_notes = align_padding(model, tokenizer)
     facts = _facts(source, snapshot, model, dtype=chosen, quantize=quantize, device=target)
-    return LoadedBase(model, tokenizer, facts, (*snapshot.notes, reason, *tokenizer_notes, *pad_notes))
+    return LoadedBase(model, tokenizer, facts, (*snapshot.notes, reason, *own_notes, *tokenizer_notes, *pad_notes))
+
+
+def _checked_own(model: Any, snapshot: Snapshot) -> tuple[str, ...]:
+    """A model of the user's module, tried out; what it lacks is noted."""
+    if snapshot.module is None:
+        return ()
+    check_model(model, snapshot.module)
+    note = without_checkpointing(model)
+    return (note,) if note else ()
 
 
 def _facts(
@@ -196,7 +209,7 @@ def _load_model(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     loader: Any = AutoModelForCausalLM  # its annotations leave out the pair that output_loading_info gives
-    with _loading_errors(snapshot), _quiet_transformers():
+    with _loading_errors(snapshot), quiet_transformers():
         model, loading = loader.from_pretrained(
             str(snapshot.path),
             dtype=dtype,
@@ -225,23 +238,6 @@ def _loading_errors(snapshot: Snapshot) -> Iterator[None]:
         ):
             raise
         raise screening.corrupt(snapshot.path, f"could not be loaded: {_first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No load report and no bar: what is wrong with the weights is said by `_require_complete`."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _keep_weights_in_place(model: Any) -> None:
@@ -331,15 +327,20 @@ def align_padding(model: Any, tokenizer: Any) -> tuple[str, ...]:
 # --- with saved adapters --------------------------------------------------------------------------
 
 
-def load_with_adapters(source: ModelSource | str, adapters: Mapping[str, Path], **options: Any) -> LoadedBase:
+def load_with_adapters(
+    source: ModelSource | str, adapters: Mapping[str, Path], *, below: Path | None = None, **options: Any
+) -> LoadedBase:
     """A base with one or several saved adapters, the first active; `options` as for `load_base`.
+
+    `below`: an adapter that is written into the base in memory first: the others were trained on top of it.
 
     `adapters.switch_adapter` changes the active one, `adapters.base_only` turns them off for a while.
     """
     for adapter_dir in adapters.values():
         check_adapter_dir(adapter_dir)
     base = load_base(source, **options)
-    model = load_adapters(base.model, adapters).eval() if adapters else base.model
+    trunk = merge_into(base.model, below) if below is not None else base.model
+    model = load_adapters(trunk, adapters).eval() if adapters else trunk
     return LoadedBase(model, base.tokenizer, base.facts, base.notes)
 
 
@@ -351,13 +352,7 @@ def merged_copy(
     The base is always loaded anew and unquantised: merging into 4-bit weights would round the change away, and
     4-bit weights that an evaluation has repacked (see `_keep_weights_in_place`) would give garbage.
     """
-    config = check_adapter_dir(adapter_dir)
-    if config["peft_type"] not in ("LORA", "IA3"):
-        raise ModelError(
-            "ADAPTER_NOT_MERGEABLE",
-            f"An adapter of type {config['peft_type']} cannot be merged into weights.",
-            remedy="Export it as an adapter and load it beside its base model.",
-        )
+    require_mergeable(adapter_dir)
     base = load_base(source, dtype=dtype, device=device)
     if is_quantized(base.model):
         raise ModelError(
@@ -365,6 +360,5 @@ def merged_copy(
             f"{base.facts.base} exists in quantised form only; an adapter is merged into full-precision weights.",
             remedy="Name the original, unquantised model as the base of the merge.",
         )
-    adapted = load_adapters(base.model, {"default": adapter_dir})
-    merged = adapted.merge_and_unload(safe_merge=True).eval()
+    merged = merge_into(base.model, adapter_dir).eval()
     return LoadedBase(merged, base.tokenizer, base.facts, base.notes)

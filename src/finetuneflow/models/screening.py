@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuneflow.errors import ModelError
+from finetuneflow.models.own import causal_class
 from finetuneflow.workspace import sha256_file
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -74,13 +75,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def require_consent(folder: Path, *, base: str, commit: str, consent: str | None) -> bool:
+def require_consent(folder: Path, *, base: str, commit: str, consent: str | None, provided: bool = False) -> bool:
     """True if the folder's own code may run: it asks for some and `consent` names exactly this commit.
 
     Code that lies outside the folder (a kernel, another repository) is refused whatever the consent says,
-    because the commit does not fix it.
+    because the commit does not fix it. `provided`: the user's own file brings the architecture, so that what
+    config.json would have run for it is never looked at.
     """
-    requests = code_requests(folder)
+    requests = [r for r in code_requests(folder) if not (provided and (r.file, r.field) == ("config.json", "auto_map"))]
     refused = [r for r in requests if r.elsewhere] or (requests if consent != commit else [])
     if not refused:
         return bool(requests)
@@ -147,7 +149,7 @@ def is_adapter(base: str, *, has_config: bool) -> ModelError:
 
 
 def require_supported(config: dict[str, Any], *, base: str, own_code: bool) -> None:
-    """Raise unless transformers itself knows this as a causal language model (or consented code provides it)."""
+    """Raise unless this is a causal language model of transformers', of ours or of the user's module, or consented code."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
 
@@ -155,12 +157,14 @@ def require_supported(config: dict[str, Any], *, base: str, own_code: bool) -> N
     if own_code and model_type not in CONFIG_MAPPING:
         return
     _require_trainable_quantization(config, base=base)
-    if model_type not in causal:
+    registered = causal_class(model_type)
+    if model_type not in causal and registered is None:
         known = model_type in CONFIG_MAPPING
         what = f"{architectures[0] if architectures else model_type!r}"
         reason = "is not a causal language model" if known else "is an architecture this version of transformers does not know"
         raise unsupported(base, f"{what} {reason}", model_type)
-    fitting = causal[model_type] if isinstance(causal[model_type], tuple) else (causal[model_type],)
+    named = registered.__name__ if registered is not None else causal[model_type]
+    fitting = named if isinstance(named, tuple) else (named,)
     if architectures and not set(architectures) & set(fitting):
         raise unsupported(base, f"the weights are of a {architectures[0]}, not of a {fitting[0]}", model_type)
 
@@ -179,7 +183,8 @@ def unsupported(base: str, what: str, model_type: object) -> ModelError:
         "MODEL_UNSUPPORTED_ARCH",
         f"{base} cannot be used: {what}.",
         remedy="Choose a decoder-only text model (Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, Mamba, …) in its original precision; "
-        "for a new family, `pip install -U transformers` may help.",
+        "for a new family, `pip install -U transformers` may help. For an architecture of your own, name its Python file in model.module "
+        "(docs/custom-models.md).",
         context={"model_type": model_type},
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from finetuneflow.errors import FineTuneFlowError, ModelError
-from finetuneflow.models import screening
+from finetuneflow.models import own, screening
+from finetuneflow.models.own import OwnArchitecture
 from finetuneflow.workspace import disk_full, require_free_bytes
 
 STARTER = "starter"
@@ -36,17 +38,21 @@ class ModelSource:
 
     `base`: "starter", a folder, or a hub id such as "Qwen/Qwen3-0.6B". `revision`: branch, tag or commit on the hub.
     `trust_remote_code_revision`: consent to run the repository's own code, valid for exactly this commit
-    (for a folder: its digest).
+    (for a folder: its digest). `module`: the Python file that brings the architecture (see `own.py`).
     """
 
     base: str
     revision: str | None = None
     trust_remote_code_revision: str | None = None
+    module: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A model folder on this disk, screened. `commit` is the hub's commit, or the digest of a local folder."""
+    """A model folder on this disk, screened. `commit` is the hub's commit, or the digest of a local folder.
+
+    `digest` is over the model's files and, where a module file brings the architecture (`module`), over that file too.
+    """
 
     base: str
     path: Path
@@ -56,6 +62,7 @@ class Snapshot:
     digest: str
     run_own_code: bool
     notes: tuple[str, ...] = ()
+    module: OwnArchitecture | None = None
 
 
 def resolve(source: ModelSource) -> Snapshot:
@@ -77,18 +84,32 @@ def resolve(source: ModelSource) -> Snapshot:
 
 
 def tokenizer_folder(source: ModelSource) -> tuple[Path, bool]:
-    """(folder with the tokenizer of `source`, whether its own code may run); no weights are needed or downloaded."""
+    """(folder with the tokenizer of `source`, whether its own code may run); no weights are needed or downloaded.
+
+    An architecture that is not known is no hindrance: a tokenizer does without it.
+    """
     path = Path(os.path.expanduser(source.base))
     if source.base == STARTER or os.path.exists(path) or not HUB_ID.fullmatch(source.base):
-        if os.path.isdir(path) and not (path / "config.json").exists():  # a folder of nothing but a tokenizer
-            return path, False
+        if os.path.isdir(path) and (not (path / "config.json").exists() or _is_merely_unknown(path)):
+            return path, False  # nothing but a tokenizer in it, or nothing else that is known here
         snapshot = resolve(source)
         return snapshot.path, snapshot.run_own_code
     with hub_errors(source):
         repo = _Repository.look_up(source)
         folder = repo.fetch(SMALL_FILES)
         config = screening.read_model_config(folder, base=source.base)
+        _module(source, config)
         return folder, _screen(folder, source, config, commit=repo.commit)
+
+
+def _is_merely_unknown(folder: Path) -> bool:
+    """Whether config.json names an architecture that is not known here, and no file asks for code."""
+    from transformers import CONFIG_MAPPING
+
+    config = screening.read_json(folder / "config.json")
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    known = model_type in CONFIG_MAPPING or model_type in own.BUILT_IN
+    return isinstance(model_type, str) and not known and not screening.code_requests(folder)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -103,14 +124,38 @@ def model_files(folder: Path) -> list[Path]:
 def _local_snapshot(source: ModelSource, path: Path) -> Snapshot:
     config = screening.read_model_config(path, base=source.base)
     digest = screening.folder_digest(path, model_files(path))
+    module = _module(source, config)
     own_code = _screen(path, source, config, commit=digest)
     screening.weight_files(path, base=source.base)
     notes = (f"A folder has no revisions; {source.revision!r} was not used.",) if source.revision else ()
-    return Snapshot(source.base, path, digest, False, config, digest, own_code, notes)
+    notes = (*notes, *_module_note(module))
+    return Snapshot(source.base, path, digest, False, config, _with_module(digest, module), own_code, notes, module)
+
+
+def _module(source: ModelSource, config: dict[str, Any]) -> OwnArchitecture | None:
+    """The architecture that the source's module file brings, seen to be the one the base is of."""
+    own.provide_built_in(config.get("model_type"))
+    if source.module is None:
+        return None
+    module = own.provide(source.module)
+    own.require_fitting(module, config, base=source.base)
+    return module
+
+
+def _module_note(module: OwnArchitecture | None) -> tuple[str, ...]:
+    return (f"The architecture {module.model_type} comes from {module.path} (SHA-256 {module.sha256[:12]}).",) if module else ()
+
+
+def _with_module(digest: str, module: OwnArchitecture | None) -> str:
+    """One identity for weights and the code that gives them their meaning."""
+    return digest if module is None else f"sha256:{hashlib.sha256(f'{digest} {module.sha256}'.encode()).hexdigest()}"
 
 
 def _screen(path: Path, source: ModelSource, config: dict[str, Any], *, commit: str) -> bool:
-    asks = screening.require_consent(path, base=source.base, commit=commit, consent=source.trust_remote_code_revision)
+    """Refuse what is not supported or asks for code; True where the folder's own code, by consent, will run."""
+    asks = screening.require_consent(
+        path, base=source.base, commit=commit, consent=source.trust_remote_code_revision, provided=source.module is not None
+    )
     screening.require_supported(config, base=source.base, own_code=asks)
     from transformers import CONFIG_MAPPING
 
@@ -144,6 +189,7 @@ def _hub_snapshot(source: ModelSource) -> Snapshot:
             raise screening.is_adapter(source.base, has_config=False)
         folder = repo.fetch(SMALL_FILES)
         config = screening.read_model_config(folder, base=source.base)
+        module = _module(source, config)
         own_code = _screen(folder, source, config, commit=repo.commit)
         if repo.sizes is not None and not any(_is_weights(name) for name in repo.sizes):
             raise screening.no_safetensors(source.base, repo.sizes)
@@ -151,9 +197,9 @@ def _hub_snapshot(source: ModelSource) -> Snapshot:
         repo.fetch((*SMALL_FILES, *WEIGHT_FILES, *(("*.py",) if own_code else ())))
         repo.remember_revision()
     screening.weight_files(folder, base=source.base)
-    return Snapshot(
-        source.base, folder, repo.commit, True, config, screening.folder_digest(folder, model_files(folder)), own_code, repo.notes
-    )
+    digest = _with_module(screening.folder_digest(folder, model_files(folder)), module)
+    notes = (*repo.notes, *_module_note(module))
+    return Snapshot(source.base, folder, repo.commit, True, config, digest, own_code, notes, module)
 
 
 def _is_weights(name: str) -> bool:

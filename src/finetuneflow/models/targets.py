@@ -13,10 +13,23 @@ from typing import Any
 from torch import nn
 
 from finetuneflow.errors import ModelError
+from finetuneflow.models.own import BUILT_IN, is_own
 
 # State-space models: an adapter on `dt_proj` gets no gradient and one on `out_proj` is refused by PEFT,
 # because their fused kernels read those weights directly.
 STATE_SPACE_TARGETS = {"mamba": ("in_proj", "x_proj"), "mamba2": ("in_proj",), "falcon_mamba": ("in_proj", "x_proj")}
+
+
+# Linear layers that an architecture stores and never uses: model type and layout -> names. They would get no gradient.
+UNUSED_LINEARS = {("mamba_swelu", "simplified"): frozenset({"x_proj", "dt_proj"})}
+
+
+def has_attention(model: Any) -> bool:
+    """Whether keys and values can be put before the text of this model."""
+    config = model.config
+    return config.model_type not in STATE_SPACE_TARGETS and (
+        hasattr(config, "num_attention_heads") or not (is_own(config) or config.model_type in BUILT_IN)
+    )
 
 
 def resolve_targets(model: Any, wanted: str | Sequence[str], *, kind: str = "lora") -> list[str] | str:
@@ -68,18 +81,26 @@ def ia3_targets(model: Any, targets: list[str] | str) -> tuple[list[str] | str, 
 
 
 def linear_modules(model: Any) -> dict[str, nn.Module]:
-    """Every linear layer by its path, the output head left out: what an adapter can go on."""
+    """Every linear layer by its path, what is never used and the output head left out: what an adapter can go on."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
+    unused = UNUSED_LINEARS.get((model.config.model_type, getattr(model.config, "layout", "")), frozenset())
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and name.rsplit(".", 1)[-1] not in unused
     }
 
 
 def linear_module_names(model: Any) -> list[str]:
-    """The last parts of the paths of all linear layers, sorted: `all-linear` spelled out."""
-    return sorted(_leaf_names(linear_modules(model)))
+    """The last parts of the paths of all linear layers, sorted: `all-linear` spelled out.
+
+    Where the output head bears the same last part as a layer inside, whole paths keep the two apart.
+    """
+    paths = linear_modules(model)
+    head = head_name(model)
+    return sorted(paths if head and _is_target(head, sorted(_leaf_names(paths))) else _leaf_names(paths))
 
 
 def _leaf_names(paths: Iterable[str]) -> set[str]:

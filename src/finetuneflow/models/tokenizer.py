@@ -7,7 +7,9 @@ on this; other people's code that reads the exported tokenizer may.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from finetuneflow.errors import ModelError
 from finetuneflow.models.screening import corrupt
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+GPT2_END = "<|endoftext|>"
 # Tokens made for padding or kept free by their makers, in order of preference.
 PADDING_TOKENS = re.compile(
     r"<pad>|<\|pad\|>|\[PAD\]|<\|finetune_right_pad_id\|>|<\|endoftext\|>|<\|vision_pad\|>|<\|fim_pad\|>", re.I
@@ -36,12 +39,47 @@ def load_tokenizer(folder: Path, *, run_own_code: bool = False) -> tuple[Any, tu
             remedy="Copy the tokenizer files of the same release into the model's folder.",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=run_own_code)
+        with quiet_transformers():  # of an architecture it does not know it would say much; a tokenizer needs none
+            tokenizer = bare_tokenizer(folder) or AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=run_own_code
+            )
     except Exception as error:  # the parsers behind it raise anything, bare Exception included
         raise corrupt(folder / "tokenizer.json", f"could not be loaded ({str(error)[:200]})") from error
     tokenizer.padding_side = "right"
     note = ensure_padding_token(tokenizer)
     return tokenizer, (note,) if note else ()
+
+
+def bare_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer of a folder that holds its vocabulary and nothing that says what it is, as GPT-2's often lies about; else None."""
+    from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+
+    if any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
+        return None
+    vocabulary, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    if whole.is_file():
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(whole))
+        if GPT2_END in tokenizer.get_vocab():
+            tokenizer.eos_token = tokenizer.bos_token = GPT2_END
+        return tokenizer
+    return GPT2Tokenizer(vocab=str(vocabulary), merges=str(merges)) if vocabulary.is_file() and merges.is_file() else None
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No load report, no bar and no guesses: what is wrong is said by our own checks."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def ensure_padding_token(tokenizer: Any) -> str | None:

@@ -33,14 +33,21 @@ NUM_TRAINING_EXAMPLES = 6_400
 NUM_VALIDATION_EXAMPLES = 160
 
 
-def examples(*, split: Split, seed: int, count: int) -> list[Example]:
-    """Distinct conversations about the entities of one split, in a random but fixed order."""
+def examples(
+    *,
+    split: Split,
+    seed: int,
+    count: int,
+    kinds: Sequence[str] | None = None,
+    languages: Sequence[Language] = world.LANGUAGES,
+) -> list[Example]:
+    """Distinct conversations about the entities of one split, in a random but fixed order. `kinds`: names of `KINDS`; None: all."""
     rng = Random(f"{split}:{seed}")
-    kinds, weights = zip(*_KINDS, strict=True)
+    wanted, weights = zip(*(KINDS[name] for name in kinds or KINDS), strict=True)
     found: dict[str, Example] = {}
     while len(found) < count:
-        kind: Kind = rng.choices(kinds, weights)[0]
-        language = rng.choice(world.LANGUAGES)
+        kind: Kind = rng.choices(wanted, weights)[0]
+        language = rng.choice(languages)
         messages = _dressed(rng, language, kind(rng, language, split))
         found.setdefault(json.dumps(messages), {"messages": messages})
     return list(found.values())
@@ -103,7 +110,7 @@ def _retyped(message: Message, old: str, new: str) -> Message:
     return _user(message["content"].replace(old, new))
 
 
-_ONE_WORD: Templates = {
+ONE_WORD: Templates = {
     "en": (
         "{q} Answer in one word.",
         "{q} One word only.",
@@ -171,7 +178,7 @@ def _capital_in_one_word(rng: Random, language: Language, split: Split) -> list[
     countries = _of_split(world.COUNTRIES, split)
     country = rng.choice([c for c in countries if " " not in c.capital[language]])
     question = _ask(rng, _CAPITAL_QUESTIONS, language, of=country.of[language])
-    return _turn(_ask(rng, _ONE_WORD, language, q=question), country.capital[language])
+    return _turn(_ask(rng, ONE_WORD, language, q=question), country.capital[language])
 
 
 # --- Sums ----------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ _SUM_QUESTIONS: Templates = {
         "quel est le résultat de {a} + {b} ?",
     ),
 }
-_NUMBER_ONLY: Templates = {
+NUMBER_ONLY: Templates = {
     "en": ("{q} Just the number.", "{q} Give only the number.", "{q} Answer with a number only."),
     "fr": ("{q} Juste le nombre.", "{q} Donne seulement le nombre.", "{q} Réponds par un nombre."),
 }
@@ -224,7 +231,7 @@ def _sum(rng: Random, language: Language, split: Split) -> list[Message]:
 def _sum_as_number(rng: Random, language: Language, split: Split) -> list[Message]:
     first, second = _addends(rng, split)
     question = _ask(rng, _SUM_QUESTIONS, language, a=first, b=second)
-    return _turn(_ask(rng, _NUMBER_ONLY, language, q=question), str(first + second))
+    return _turn(_ask(rng, NUMBER_ONLY, language, q=question), str(first + second))
 
 
 # --- Opposites, colours, sounds ------------------------------------------------------------------
@@ -305,7 +312,7 @@ def _opposite(rng: Random, language: Language, split: Split) -> list[Message]:
 def _opposite_in_one_word(rng: Random, language: Language, split: Split) -> list[Message]:
     first, second = _opposite_words(rng, language, split)
     question = _ask(rng, _OPPOSITE_QUESTIONS, language, a=first)
-    return _turn(_ask(rng, _ONE_WORD, language, q=question), _sentence(second))
+    return _turn(_ask(rng, ONE_WORD, language, q=question), _sentence(second))
 
 
 def _colour(rng: Random, language: Language, split: Split) -> list[Message]:
@@ -541,20 +548,21 @@ def _courtesy(rng: Random, language: Language, split: Split) -> list[Message]:
     return _turn(said, reply)
 
 
-_KINDS: tuple[tuple[Kind, float], ...] = (
-    (_capital, 18),
-    (_capital_in_one_word, 12),
-    (_sum, 9),
-    (_sum_as_number, 8),
-    (_opposite, 9),
-    (_opposite_in_one_word, 6),
-    (_colour, 7),
-    (_sound, 5),
-    (_list_of_three, 12),
-    (_memory, 14),
-    (_repeat, 10),
-    (_courtesy, 3),
-)
+# name -> how a question of the kind is drawn, and how often
+KINDS: dict[str, tuple[Kind, float]] = {
+    "capital": (_capital, 18),
+    "capital_in_one_word": (_capital_in_one_word, 12),
+    "sum": (_sum, 9),
+    "sum_as_number": (_sum_as_number, 8),
+    "opposite": (_opposite, 9),
+    "opposite_in_one_word": (_opposite_in_one_word, 6),
+    "colour": (_colour, 7),
+    "sound": (_sound, 5),
+    "list_of_three": (_list_of_three, 12),
+    "memory": (_memory, 14),
+    "repeat": (_repeat, 10),
+    "courtesy": (_courtesy, 3),
+}
 
 
 def main() -> None:
