@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetuneflow.evaluation.statistics import Interval, effect_size, paired_bootstrap, sign_test, verdict
+from finetuneflow.evaluation.statistics import Interval, effect_size, paired_bootstrap, sign_test, verdict, wilson
 
 
 @pytest.mark.parametrize(
@@ -120,3 +120,14 @@ def test_the_pure_parts_load_neither_torch_nor_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("passed", "total", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilsons_interval_gives_the_published_values(passed: int, total: int, low: float, high: float) -> None:
+    """Newcombe 1998, Statistics in Medicine 17, table I, method 3."""
+    found = wilson(passed, total)
+    assert (found.low, found.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    assert found.mean == passed / total and wilson(total, total).high == 1.0

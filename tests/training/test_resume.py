@@ -223,7 +223,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older_one_and_the_event_say
     resumed = bench.interrupted(at("log", step=9))
     path = resumed / "checkpoints" / "step-000008" / name
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x01
+    data[0 if name == "complete.json" else len(data) // 2] ^= (
+        0x01  # within the marker, a digit of another file's hash may lie there
+    )
     path.write_bytes(bytes(data))
     bench.resume(resumed)
     (warning,) = bench.seen("warning", code="CHECKPOINT_DAMAGED")
@@ -400,7 +402,7 @@ def test_what_was_accepted_once_is_what_the_next_resume_compares_with(bench: Ben
 def test_settings_that_shape_no_result_may_change(stopped: Path, bench: Bench) -> None:
     path = stopped / "run.yaml"
     path.write_text(
-        path.read_text().replace("keep_checkpoints: 3", "keep_checkpoints: 9").replace("max_new_tokens: 128", "max_new_tokens: 7")
+        path.read_text().replace("keep_checkpoints: 3", "keep_checkpoints: 9").replace("  samples: 0", "  samples: 1")
     )
     assert bench.resume(stopped).status == "succeeded"
 

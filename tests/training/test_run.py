@@ -276,3 +276,22 @@ def test_a_second_interrupt_ends_at_once_and_leaves_whole_checkpoints_only(bench
     assert [c.step for c in list_complete(run_dir / "checkpoints")] == [4] and not list((run_dir / "checkpoints").glob(".*"))
     bench.resume(run_dir)
     assert_same_result(straight, run_dir)
+
+
+def test_prompts_are_asked_at_the_steps_named_and_nothing_else_changes(bench: Bench, tmp_path: Path) -> None:
+    """The plan of the MambaSWELU document: test prompts at 5k, 10k, 15k and 20k steps."""
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "version: 1\nname: tiny\nmax_new_tokens: 4\nprompts:\n"
+        '  - {id: a, messages: [{role: user, content: "Hello?"}], check: {not_contains: zebra}, must_stop: false}\n'
+    )
+    plain = bench.train(evaluation__samples=2, training__patience=None)
+    asked = bench.train(evaluation__samples=2, evaluation__suite=str(suite), evaluation__at_steps=[2, 5, 10_000])
+    found = [(event["step"], event["passed"]) for event in bench.seen("suite")]
+    last = asked.metrics["steps"]
+    assert found == [(2, 1), (5, 1), (last, 1)]
+    assert [event["step"] for event in bench.seen("sample")] == [2, 2, 5, 5, last, last]
+    assert sorted(path.name for path in (asked.run_dir / "evals").iterdir()) == [
+        "after-training.json", "step-000002.json", "step-000005.json"
+    ]  # fmt: skip
+    assert_same_result(plain.run_dir, asked.run_dir)

@@ -21,6 +21,7 @@ from finetuneflow.training import objectives
 from finetuneflow.training.callbacks import Monitor
 from finetuneflow.training.progress import Progress
 from finetuneflow.training.setup import choose_setup
+from finetuneflow.training.start import start_model
 from training.workbench import Bench
 
 ONE_STEP: dict[str, Any] = {
@@ -54,11 +55,12 @@ class Prepared:
         setup = choose_setup(self.config)
         torch.set_num_threads(1)
         self.materials = objectives.load_materials(self.config, bench.workspace, self.emit)
-        self.model = objectives.load_model(self.config, setup, None, self.emit)
+        started = start_model(self.config, setup, self.materials.tokenizer, None, self.emit)
+        self.model = started.model
         evaluates = self.materials.prepared.eval is not None
         monitor = Monitor(self.emit, Progress(), self.config.training, run_dir, evaluates=evaluates)
         self.trainer = objectives.build_trainer(
-            self.config, self.config.training, setup, self.materials, self.model, monitor, run_dir
+            self.config, self.config.training, setup, self.materials, started, monitor, run_dir, self.emit
         )
         self.watch = Watch()
         self.trainer.add_callback(self.watch)

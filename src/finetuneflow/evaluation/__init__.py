@@ -6,6 +6,9 @@ questions.py   prompts with expected answers, out of examples
 samples.py     answers in batches, resumable; samples to show
 judges.py      what a suite can ask of an answer
 suite.py       acceptance prompts in YAML
+preferences.py pairs told apart, by log-probability or by a reward model
+rewards.py     what reinforcement pays for: built-in, own functions, reward models
+reward_model.py  a model that scores answers                                     (torch)
 statistics.py  paired bootstrap, sign test, verdict
 compare.py     A against B, and what was forgotten
 measure.py     `evaluate`: all of one model, into one file

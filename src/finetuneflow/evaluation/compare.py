@@ -307,14 +307,28 @@ def _items(
     )
 
 
-def measure_forgetting(a: Generator, b: Generator, text_path: Path = GENERAL_TEXT) -> Forgetting:
-    """Perplexity of both on a plain text; bits per byte compare models with different tokenizers too."""
+@dataclass(frozen=True, slots=True)
+class GeneralText:
+    """One model's loss on a plain text; bits per byte compare models with different tokenizers too."""
+
+    text: str
+    tokens: int
+    perplexity: float
+    bits_per_byte: float
+
+
+def measure_general(generator: Generator, text_path: Path = GENERAL_TEXT) -> GeneralText:
+    """How well a model predicts a plain text."""
     from finetuneflow.evaluation.losses import text_losses
 
     text = text_path.read_text(encoding="utf-8")
-    measured = []
-    for generator in (a, b):
-        with generator.ready() as model:
-            measured.append(text_losses(model, generator.tokenizer, text, context=min(generator.context_length, 1024)))
-    bits = [m.loss * m.tokens / math.log(2) / len(text.encode()) for m in measured]
-    return Forgetting(text_path.name, measured[0].tokens, measured[0].perplexity, measured[1].perplexity, bits[0], bits[1])
+    with generator.ready() as model:
+        measured = text_losses(model, generator.tokenizer, text, context=min(generator.context_length, 1024))
+    bits = measured.loss * measured.tokens / math.log(2) / len(text.encode())
+    return GeneralText(text_path.name, measured.tokens, measured.perplexity, bits)
+
+
+def measure_forgetting(a: Generator, b: Generator, text_path: Path = GENERAL_TEXT) -> Forgetting:
+    """Perplexity of both on a plain text."""
+    x, y = measure_general(a, text_path), measure_general(b, text_path)
+    return Forgetting(x.text, x.tokens, x.perplexity, y.perplexity, x.bits_per_byte, y.bits_per_byte)

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetuneflow.data.examples import Example, Problem
 from finetuneflow.errors import EvaluationError
 from finetuneflow.evaluation.judges import Judge
-from finetuneflow.evaluation.questions import Question, fitting, label_rows, prompt_rows, questions, read_examples
+from finetuneflow.evaluation.preferences import PairFigures, pair_figures, reward_figures
+from finetuneflow.evaluation.questions import (
+    Question,
+    as_conversation,
+    fitting,
+    label_rows,
+    prompt_rows,
+    questions,
+    read_examples,
+)
 from finetuneflow.evaluation.samples import Progress, Sample, answer_all, make_samples
 from finetuneflow.evaluation.scores import TextScores, exact_match, score_answers, token_f1
 from finetuneflow.evaluation.suite import Suite, SuiteResult, load_suite, run_suite
@@ -73,6 +82,7 @@ class Evaluation:
     skipped: Mapping[str, int]
     options: Options
     seconds: float
+    preferences: PairFigures | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -83,6 +93,7 @@ class Evaluation:
             "losses": self.losses.to_dict() if self.losses else None,
             "scores": self.scores.to_dict() if self.scores else None,
             "suite": self.suite.to_dict() if self.suite else None,
+            "preferences": self.preferences.to_dict() if self.preferences else None,
             "samples": [sample.to_dict() for sample in self.samples],
             "items": [asdict(item) for item in self.items],
             "skipped": dict(self.skipped),
@@ -117,9 +128,12 @@ def evaluate(
         raise EvaluationError(
             "EVALUATION_NO_DATA", "There is neither evaluation data nor a suite.", remedy="Name a data file or a suite."
         )
+    if run and objective_of(run) == "reward":
+        return _reward_evaluation(run, examples, problems, name, options, out_dir, started)
     generator = _generator(target)
     resume_path = safe_join(out_dir, f"{name}.answers.jsonl") if out_dir else None
     losses, unlabelled = example_losses(generator, examples, options)
+    preferences, unpaired = pair_figures(generator, examples, max_length=options.max_length)
     asked, unasked = fitting(questions(examples, limit=options.limit), [generator])
     answers = answer_questions(generator, asked, options, resume_path=resume_path, progress=progress)
     result = Evaluation(
@@ -130,13 +144,43 @@ def evaluate(
         samples=tuple(make_samples(asked, answers, count=options.samples)),
         suite=_run_suite(generator, suite, judges, options, resume_path, progress),
         items=tuple(_item(question, answer) for question, answer in zip(asked, answers, strict=True)),
-        skipped=_count_codes([*problems, *unlabelled, *unasked]),
+        skipped=_count_codes([*problems, *unlabelled, *unpaired, *unasked]),
+        options=options,
+        seconds=time.monotonic() - started,
+        preferences=preferences,
+    )
+    if out_dir:
+        write_json(safe_join(out_dir, f"{name}.json"), result.to_dict())
+    return result
+
+
+def _reward_evaluation(
+    run: Path, examples: list[Example], problems: list[Problem], name: str, options: Options, out_dir: Path | None, started: float
+) -> Evaluation:
+    """A reward model writes no answers: what it can be measured by is how it ranks pairs."""
+    result = Evaluation(
+        name=name,
+        model=run.resolve().name,
+        losses=None,
+        scores=None,
+        samples=(),
+        suite=None,
+        items=(),
+        skipped=_count_codes(problems),
+        preferences=reward_figures(run, examples),
         options=options,
         seconds=time.monotonic() - started,
     )
     if out_dir:
         write_json(safe_join(out_dir, f"{name}.json"), result.to_dict())
     return result
+
+
+def objective_of(run: Path) -> str:
+    """What a run was trained for."""
+    from finetuneflow.config import load_config
+
+    return load_config(run / "run.yaml")[0].training.objective
 
 
 def options_of_run(run: Path) -> Options:
@@ -174,7 +218,8 @@ def example_losses(generator: Generator, examples: Sequence[Example], options: O
     from finetuneflow.evaluation.losses import measure_losses
 
     policy = Policy(options.supervise, min(options.max_length, generator.context_length), "cut")
-    outcomes = label_rows(generator, [e for e in examples if e.kind in ("chat", "text")], policy)
+    good = [e if e.kind == "text" else as_conversation(e) for e in examples]
+    outcomes = label_rows(generator, [example for example in good if example is not None], policy)
     rows = [row for outcome in outcomes if not isinstance(outcome, Problem) for row in outcome]
     problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
     if not rows:

@@ -47,16 +47,31 @@ def read_examples(paths: Sequence[Path | str]) -> tuple[list[Example], list[Prob
 
 
 def questions(examples: Iterable[Example], *, limit: int | None = None) -> list[Question]:
-    """One question per chat example: its last assistant turn with text is what is expected. Other kinds have none."""
+    """One question per example: its last assistant turn with text is what is expected; of a preference pair the chosen answer's.
+
+    Documents and answers rated bad have none.
+    """
     found: list[Question] = []
     for example in examples:
         if limit is not None and len(found) >= limit:
             break
-        last = _last_answer(example.messages) if example.kind == "chat" else None
-        if last is not None:
-            messages = example.messages[: last + 1]
-            found.append(Question(str(example.place), messages[:-1], messages[-1].content, replace(example, messages=messages)))
+        conversation = as_conversation(example)
+        last = _last_answer(conversation.messages) if conversation is not None else None
+        if conversation is not None and last is not None:
+            messages = conversation.messages[: last + 1]
+            found.append(
+                Question(str(example.place), messages[:-1], messages[-1].content, replace(conversation, messages=messages))
+            )
     return found
+
+
+def as_conversation(example: Example) -> Example | None:
+    """The conversation that an example holds up as good; None for a document and for an answer rated bad."""
+    if example.kind == "preference":
+        return replace(example, kind="chat", messages=(*example.messages, *example.chosen), chosen=(), rejected=())
+    if example.kind == "unpaired" and example.label:
+        return replace(example, kind="chat", label=None)
+    return example if example.kind == "chat" else None
 
 
 def _last_answer(messages: Sequence[Message]) -> int | None:

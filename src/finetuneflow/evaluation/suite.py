@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast, get_args
 
-from finetuneflow.config import parse_yaml
+from finetuneflow.config import BUNDLED_SUITES, parse_yaml
 from finetuneflow.data.examples import Message, Role
 from finetuneflow.errors import ConfigError, EvaluationError
 from finetuneflow.evaluation.judges import BUILT_IN, Judge, contains_words, search_with_limit
@@ -131,11 +131,11 @@ class SuiteResult:
 
 
 def load_suite(path: Path | str) -> Suite:
-    """Read and validate a suite (`starter` is the bundled one); the first mistake is an error that names file, item and key."""
-    if path == "starter":
+    """Read and validate a suite (some are bundled: `starter`); the first mistake is an error that names file, item and key."""
+    if path in BUNDLED_SUITES:
         from finetuneflow.models.starter import starter_path
 
-        path = starter_path() / "acceptance.yaml"
+        path = starter_path() / BUNDLED_SUITES[str(path)]
     path = Path(path)
     try:
         value = parse_yaml(path.read_text(encoding="utf-8-sig"), where=str(path))

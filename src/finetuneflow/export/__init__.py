@@ -71,11 +71,19 @@ def _build(record: RunRecord, stage: Path, to: Target, redactor: Redactor, dtype
     from finetuneflow.export.adapter import build_adapter
     from finetuneflow.export.merged import build_merged
     from finetuneflow.export.package import write_documents
+    from finetuneflow.export.scoring import build_scoring
+    from finetuneflow.export.trained import own_module
+    from finetuneflow.models.own import pack_module
 
     whole = to == "merged" or not (to == "adapter" or record.config.method.is_adapter)
-    check = require_passed(build_merged(record, stage, dtype=dtype) if whole else build_adapter(record, stage, redactor))
+    if record.config.training.objective == "reward":
+        check = require_passed(build_scoring(record, stage, redactor, whole=whole, dtype=dtype))
+    else:
+        check = require_passed(build_merged(record, stage, dtype=dtype) if whole else build_adapter(record, stage, redactor))
+    module = pack_module(own_module(record), stage)
     write_documents(record, stage, check, redactor, files_kind="model" if whole else "adapter")
-    seal(stage, {"run": record.name, "target": to, "method": record.method, "check": check.to_dict()})
+    facts = {"run": record.name, "target": to, "method": record.method, "check": check.to_dict()}
+    seal(stage, facts | ({"module": module} if module else {}))
     if to != "merged":
         write_archive(stage, stage / ARCHIVE)
     if to == "zip":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from finetuneflow.export.redact import Redactor
 from finetuneflow.export.report import adapter_size, used_learning_rate
 from finetuneflow.export.text import duration, figure, inline, rate, size, visible
 from finetuneflow.export.verify import Check
+from finetuneflow.models.own import BUILT_IN, kept_record
 
 FENCE = "---"
 FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
@@ -102,9 +104,11 @@ def _opening(record: RunRecord, files_kind: str) -> list[str]:
 
 def _usage(record: RunRecord, files_kind: str) -> list[str]:
     base = base_name(record)
+    note, architecture = _own_architecture(record)
     quoted = repr(base.replace("`", "'"))  # a backtick could end the code block
     if files_kind == "adapter":
         load = [
+            *architecture,
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
@@ -115,6 +119,7 @@ def _usage(record: RunRecord, files_kind: str) -> list[str]:
         ]
     else:
         load = [
+            *architecture,
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             'here = "."  # the folder of this file',
@@ -131,7 +136,32 @@ def _usage(record: RunRecord, files_kind: str) -> list[str]:
         "output = model.generate(**inputs, max_new_tokens=100)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]))',
     ]
-    return ["## Use", "", "```python", *load, "tokenizer = AutoTokenizer.from_pretrained(here)", *ask, *end, "```"]
+    return ["## Use", "", *note, "```python", *load, "tokenizer = AutoTokenizer.from_pretrained(here)", *ask, *end, "```"]
+
+
+def _own_architecture(record: RunRecord) -> tuple[list[str], list[str]]:
+    """For an architecture that transformers does not bring: a word about its code, and the lines that register it."""
+    if kept := kept_record(record.run_dir):
+        stem = kept["file"].removesuffix(".py")
+        note = (
+            f"The architecture {inline(kept['model_type'])} is defined in `{kept['file']}` beside this file (SHA-256 `{kept['sha256']}`). "
+            f"Read it before you run it. FineTuneFlow takes it as `model.module` of a run file."
+        )
+        return [note, ""], [f"import {stem}  # registers the architecture; this folder must be on Python's path"]
+    if (model_type := base_model_type(record.config.model.base)) in BUILT_IN:
+        note = f"The architecture {model_type} is part of FineTuneFlow (`pip install finetuneflow[train]`)."
+        return [note, ""], [f"from {BUILT_IN[model_type]} import register", "", "register()"]
+    return [], []
+
+
+def base_model_type(base: str) -> str | None:
+    """What the base's config.json says, where it lies on this disk."""
+    try:
+        config = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = config.get("model_type") if isinstance(config, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _intended_use(record: RunRecord) -> list[str]:

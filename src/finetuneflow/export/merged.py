@@ -21,6 +21,7 @@ from finetuneflow.export.trained import (
     chat_template,
     exported_tokenizer,
     model_source,
+    own_module,
     release_memory,
     require_same_base,
     stored_weights,
@@ -61,7 +62,7 @@ def build_merged(record: RunRecord, stage: Path, *, dtype: Dtype = "auto") -> Ch
     prompts = agreed_prompts(record, stage)
     reference, base_logits, sequences = _ask_trained(record, source, prompts, precision)
     num_matrices = _merge_and_save(record, source, stage, stored, precision)
-    candidate = _ask_folder(stage, prompts, sequences, precision)
+    candidate = _ask_folder(stage, prompts, sequences, precision, own_module(record))
     return judge(
         reference,
         candidate,
@@ -83,7 +84,9 @@ def _ask_trained(
     from finetuneflow.models.adapters import base_only
     from finetuneflow.models.load import load_with_adapters
 
-    loaded = load_with_adapters(model_source(record), {"default": adapter_dir}, **precision)
+    loaded = load_with_adapters(
+        model_source(record), {"default": adapter_dir}, dtype=precision["dtype"], device=precision["device"]
+    )
     require_same_base(record, loaded.facts.digest)
     greedy = greedy_answers(loaded.model, prompts)
     sequences = sequences_of(prompts, greedy)
@@ -95,11 +98,15 @@ def _ask_trained(
     return Answers(greedy, logits), base_logits, sequences
 
 
-def _ask_folder(folder: Path, prompts: list[list[int]], sequences: list[list[int]] | None, precision: dict[str, str]) -> Answers:
-    """What a saved model answers, at `sequences` or else at its own greedy ones."""
+def _ask_folder(
+    folder: Path, prompts: list[list[int]], sequences: list[list[int]] | None, precision: dict[str, str], module: str | None
+) -> Answers:
+    """What a saved model answers, at `sequences` or else at its own greedy ones. `module`: see `own_module`."""
     from finetuneflow.models.load import load_base
+    from finetuneflow.models.source import ModelSource
 
-    loaded = load_base(str(folder), dtype=precision["dtype"], device=precision["device"])
+    source = ModelSource(str(folder), module=module)
+    loaded = load_base(source, dtype=precision["dtype"], device=precision["device"])
     greedy = greedy_answers(loaded.model, prompts)
     answers = Answers(greedy, sequence_logits(loaded.model, sequences or sequences_of(prompts, greedy)))
     del loaded
@@ -143,16 +150,20 @@ def set_turn_end(model: Any, tokenizer: Any, template: Any | None) -> None:
 
 def _copy_full_model(record: RunRecord, source: Path, stage: Path) -> Check:
     """Full fine-tuning: the run's own weights, unchanged, with the end of turn in the generation settings."""
+    from finetuneflow.models.own import provide
+
     require_free_bytes(stage, folder_bytes(source) + DOCUMENT_BYTES)
     for path in source.iterdir():
         if path.suffix == ".safetensors" or path.name in MODEL_DOCUMENTS:
             shutil.copyfile(path, stage / path.name)
     copy_tokenizer(record, stage)
+    if (module := own_module(record)) is not None:
+        provide(module)
     _write_generation_config(record, stage)
     prompts = agreed_prompts(record, stage)
     precision = working_precision(*stored_weights(source))
-    trained = _ask_folder(source, prompts, None, precision)
-    exported = _ask_folder(stage, prompts, sequences_of(prompts, trained.greedy), precision)
+    trained = _ask_folder(source, prompts, None, precision, module)
+    exported = _ask_folder(stage, prompts, sequences_of(prompts, trained.greedy), precision, module)
     return judge(trained, exported, prompts, tolerance=EXACT_TOLERANCE, compared="the trained model and its copy")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetuneflow.errors import ExportError
 from finetuneflow.export.card import card_text
-from finetuneflow.export.plot import draw_loss
+from finetuneflow.export.plot import draw_loss, draw_objective
 from finetuneflow.export.record import RunRecord
 from finetuneflow.export.redact import Redactor
 from finetuneflow.export.report import report_text
@@ -88,4 +88,6 @@ def write_documents(record: RunRecord, stage: Path, check: Check, redactor: Reda
     write_json(stage / "metrics.json", redactor.value(record.metrics))
     write_atomic(stage / "report.md", report_text(record, redactor))
     write_atomic(stage / "train_loss.png", draw_loss(record))
+    if (picture := draw_objective(record)) is not None:
+        write_atomic(stage / "objective.png", picture)
     write_atomic(stage / "README.md", card_text(record, check, redactor, files_kind=files_kind))

@@ -1,4 +1,8 @@
-"""`train_loss.png`: the loss curve of a run, raw and smoothed, with its evaluations and the weights that were kept."""
+"""The pictures of a run.
+
+`train_loss.png`: the loss curve, raw and smoothed, with its evaluations and the weights that were kept.
+`objective.png`: for preferences and rewards, the figures beside the loss, one small plot each.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +48,82 @@ def draw_loss(record: RunRecord) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "FineTuneFlow"})
     return buffer.getvalue()
+
+
+PANELS = (  # of the figures a run logged, in this order, those that are drawn
+    ("accuracy",),
+    ("margin",),
+    ("reward",),
+    ("kl",),
+    ("logp_chosen", "logp_rejected"),
+    ("reward_chosen", "reward_rejected"),
+    ("response_length",),
+    ("entropy",),
+    ("clip_fraction",),
+    ("value_explained_variance",),
+)
+MOST_PANELS, COLUMNS = 6, 3
+
+
+def plot_objective(run_dir: Path, path: Path | None = None) -> Path | None:
+    """Draw the figures of a run's objective to `path`, by default `objective.png` in the run directory; None where it has none."""
+    picture = draw_objective(read_run(run_dir))
+    if picture is None:
+        return None
+    target = path or run_dir / "objective.png"
+    write_atomic(target, picture)
+    return target
+
+
+def draw_objective(record: RunRecord) -> bytes | None:
+    """Small plots of what was logged beside the loss, each with its held-out values; None for a run that logged nothing more."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "train") from error
+    import io
+
+    logged = [{"step": line["step"], **line["metrics"]} for line in record.log_lines if isinstance(line.get("metrics"), dict)]
+    panels = [names for names in PANELS if any(points(logged, name) for name in names)][:MOST_PANELS]
+    if not panels:
+        return None
+    rows = -(-len(panels) // COLUMNS)
+    columns = min(COLUMNS, len(panels))
+    figure = Figure(figsize=(3.6 * columns, 2.7 * rows + 0.5), dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        _plain(f"{record.name}: what {record.config.training.objective} did"), fontsize=12, fontweight="bold", color=INK
+    )
+    for number, names in enumerate(panels, 1):
+        _draw_panel(figure.add_subplot(rows, columns, number), names, logged, record.eval_lines)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": "FineTuneFlow"})
+    return buffer.getvalue()
+
+
+def _draw_panel(axes: Any, names: tuple[str, ...], logged: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> None:
+    """One figure (or a chosen and a rejected one) over the steps: solid as trained, dashed squares as held out."""
+    for name, colour in zip(names, (TRAIN, EVAL), strict=False):
+        label = name.rsplit("_", 1)[-1] if len(names) > 1 else "training"
+        if values := points(logged, name):
+            axes.plot(*zip(*values, strict=True), color=colour, linewidth=1.6, label=label)
+        if held := points(evaluated, f"eval_{name}"):
+            axes.plot(*zip(*held, strict=True), color=colour if len(names) > 1 else EVAL, linestyle=(0, (4, 2)), marker="s",
+                      markersize=4, linewidth=1.2, label="held out" if len(names) == 1 else None)  # fmt: skip
+    title = (
+        names[0].replace("_", " ") if len(names) == 1 else names[0].rsplit("_", 1)[0].replace("_", " ") + ", chosen and rejected"
+    )
+    axes.set_title(
+        title.replace("logp", "log-probability").replace("kl", "divergence (nats)"), fontsize=10, loc="left", color=INK
+    )
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=GREY, labelsize=8, length=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
 def points(lines: Sequence[dict[str, Any]], key: str) -> Points:
@@ -115,7 +195,8 @@ def _dress(axes: Any, record: RunRecord, train: Points, evaluations: Points) -> 
     axes.set_title(_plain(f"Loss of {record.name}"), loc="left", fontsize=13, fontweight="bold", color=INK, pad=24)
     axes.text(0, 1.025, _plain(f"{record.method} on {base}"), transform=axes.transAxes, fontsize=10, color=GREY)
     axes.set_xlabel("optimizer step", fontsize=10.5, color=INK)
-    axes.set_ylabel("loss (nats per supervised token)", fontsize=10.5, color=INK)
+    supervised = record.config.training.objective in ("sft", "pretrain")
+    axes.set_ylabel("loss (nats per supervised token)" if supervised else "loss", fontsize=10.5, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(True, color=GRID, linewidth=0.8)

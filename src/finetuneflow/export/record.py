@@ -19,7 +19,19 @@ METHOD_NAMES = {
     "prefix": "Prefix tuning",
     "full": "Full fine-tuning",
 }
-OBJECTIVE_NAMES = {"sft": "Supervised fine-tuning on conversations", "pretrain": "Continued pre-training on text"}
+OBJECTIVE_NAMES = {
+    "sft": "Supervised fine-tuning on conversations",
+    "pretrain": "Continued pre-training on text",
+    "dpo": "Direct preference optimisation (DPO)",
+    "kto": "Preference optimisation from single ratings (KTO)",
+    "orpo": "Odds-ratio preference optimisation (ORPO)",
+    "cpo": "Contrastive preference optimisation (CPO)",
+    "simpo": "Simple preference optimisation (SimPO)",
+    "reward": "Reward model from preference pairs",
+    "grpo": "Group relative policy optimisation (GRPO)",
+    "rloo": "REINFORCE leave-one-out (RLOO)",
+    "ppo": "Proximal policy optimisation (PPO)",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetuneflow.events import read_events
+from finetuneflow.export.pipeline_report import family_tree
 from finetuneflow.export.record import OBJECTIVE_NAMES, RunRecord, Sample, read_run
 from finetuneflow.export.redact import Redactor
 from finetuneflow.export.text import cell, duration, figure, inline, rate, size
 from finetuneflow.knowledge.outcome import compare
+from finetuneflow.training.lineage import read_lineage
+from finetuneflow.training.watch import CONCERNS, METRICS
 from finetuneflow.workspace import write_atomic
 
 
@@ -26,7 +30,9 @@ def report_text(record: RunRecord, redactor: Redactor) -> str:
         _dataset(record),
         _configuration(record),
         _results(record),
+        *([figures] if (figures := _objective(record)) else []),
         _plan(record),
+        *([family] if (family := _lineage(record)) else []),
         ["## Sample Outputs", *_sample_table(record.samples)],
     ]
     return redactor.text("\n\n".join("\n".join(lines) for lines in sections) + "\n")
@@ -94,6 +100,37 @@ def _results(record: RunRecord) -> list[str]:
     return lines
 
 
+def _objective(record: RunRecord) -> list[str]:
+    """What was logged beside the loss: at the beginning, at the end, and on held-out rows. Empty where there is nothing."""
+    logged = [line["metrics"] for line in record.log_lines if isinstance(line.get("metrics"), dict)]
+    if not logged:
+        return []
+    names = [name for name in METRICS if any(name in line for line in logged)]
+    held_out = record.metrics.get("eval_metrics") or {}
+    rows = []
+    for name in names:
+        values = [line[name] for line in logged if name in line]
+        quarter = max(1, len(values) // 4)
+        first, last = sum(values[:quarter]) / quarter, sum(values[-quarter:]) / quarter
+        rows.append(f"| {name} | {figure(first)} | {figure(last)} | {figure(held_out.get(f'eval_{name}'))} | {METRICS[name]} |")
+    return [
+        "## Figures of the Objective",
+        "First and last: means over a quarter of the log lines. Held out: of the weights that were kept.",
+        "",
+        "| figure | first | last | held out | meaning |",
+        "|---|---|---|---|---|",
+        *rows,
+        *_named_warnings(record),
+    ]
+
+
+def _named_warnings(record: RunRecord) -> list[str]:
+    """What the run warned of while it learned."""
+    said = [event for event in read_events(record.run_dir / "events.jsonl") if event.get("code") in CONCERNS]
+    lines = [f"- {event['code']}: {inline(str(event['message']))} {inline(str(event['advice']))}" for event in said]
+    return ["", "Warnings:", "", *lines] if lines else []
+
+
 def _plan(record: RunRecord) -> list[str]:
     """What was predicted before the run beside what it took, and what was found in its settings."""
     if not record.plan:
@@ -142,6 +179,21 @@ def _size(num_bytes: int | None) -> str:
 
 def _error(error: float | None) -> str:
     return "" if error is None else f"{100 * error:+.0f} %"
+
+
+def _lineage(record: RunRecord) -> list[str]:
+    """The runs it descends from, what it was trained on and what came out, by their hashes."""
+    lineage, tree = read_lineage(record.run_dir), family_tree(record.run_dir)
+    if not tree:
+        return []
+    lines = ["## Lineage", "```", *tree, "```"]
+    if lineage.get("pipeline"):
+        lines.append(f"- Pipeline: {inline(str(lineage['pipeline']))}, stage {inline(str(lineage['stage']))}")
+    lines += [
+        f"- Data: {inline(Path(path).name)}, sha256 {inline(digest)}" for path, digest in (lineage.get("data") or {}).items()
+    ]
+    result = lineage.get("result") or {}
+    return [*lines, f"- Result: {inline(str(result['kind']))}, sha256 {inline(str(result['sha256']))}"] if result else lines
 
 
 def _sample_table(samples: tuple[Sample, ...]) -> list[str]:

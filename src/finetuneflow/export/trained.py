@@ -26,7 +26,14 @@ def model_source(record: RunRecord) -> Any:
     from finetuneflow.models.source import ModelSource
 
     model = record.config.model
-    return ModelSource(model.base, model.revision, model.trust_remote_code)
+    return ModelSource(model.base, model.revision, model.trust_remote_code, own_module(record))
+
+
+def own_module(record: RunRecord) -> str | None:
+    """The Python file of the run's own architecture, if it has one: the run's copy of it."""
+    from finetuneflow.models.own import kept_in
+
+    return kept_in(record.run_dir, record.config.model.module)
 
 
 def require_same_base(record: RunRecord, digest: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from finetuneflow.config import Training
 from finetuneflow.events import Emit
 from finetuneflow.training.progress import Progress, peak_resident_bytes
 from finetuneflow.training.status import STOP_FILE
+from finetuneflow.training.watch import HISTORY, REINFORCED, concerns
 
 WATCH_WINDOW = 10  # log lines the loss guards look at
 
@@ -33,9 +35,16 @@ class Monitor(TrainerCallback):
         self.evaluates = evaluates
         self.trainer: Any = None  # set once the trainer exists
         self.stopped: str | None = None
+        self._ask_at: frozenset[int] = frozenset()
+        self._ask: Callable[[int], Any] = lambda step: None
         self._stop_signal = False
         self._losses: deque[float] = deque(maxlen=2 * WATCH_WINDOW)
+        self._figures: deque[dict[str, float]] = deque(maxlen=HISTORY)
         self._warned: set[str] = set()
+
+    def ask_at(self, steps: Iterable[int], ask: Callable[[int], Any]) -> None:
+        """Have the model answer its test prompts after each of these steps."""
+        self._ask_at, self._ask = frozenset(steps), ask
 
     def stop_soon(self) -> None:
         """Signal handlers call this: they only set a flag, the step's end does the work."""
@@ -50,6 +59,8 @@ class Monitor(TrainerCallback):
         step, last = state.global_step, state.global_step >= state.max_steps
         if step % self.settings.log_steps == 0 or last:
             self._log(state)
+        if step in self._ask_at and not last:  # after the last step the finished weights are asked anyway
+            self._ask(step)
         control.should_evaluate = self.evaluates and (step % self.settings.eval_steps == 0 or last)
         control.should_save = step % self.settings.save_steps == 0 or last
         if (request := self._stop_request()) is not None:
@@ -92,6 +103,7 @@ class Monitor(TrainerCallback):
     def _log(self, state: Any) -> None:
         seconds_per_step, tokens_per_second = self.progress.speed()
         loss = self.progress.drain_window()
+        figures = self.progress.drain_metrics()
         metrics = {"loss": loss, "grad_norm": self.progress.grad_norm, "learning_rate": self.progress.learning_rate}
         self.emit(
             "log",
@@ -99,18 +111,22 @@ class Monitor(TrainerCallback):
             total_steps=state.max_steps,
             epoch=state.epoch,
             **metrics,
+            **({"metrics": figures} if figures else {}),
             tokens_seen=self.progress.tokens_seen,
             tokens_per_second=tokens_per_second,
             seconds_per_step=seconds_per_step,
             eta_seconds=seconds_per_step * (state.max_steps - state.global_step),
             **memory_now(),
         )
-        self.trainer.log(metrics)  # experiment trackers listen there
-        self._watch(loss, state)
+        self.trainer.log({**metrics, **figures})  # experiment trackers listen there
+        self._watch(loss, figures, state)
 
-    def _watch(self, loss: float, state: Any) -> None:
+    def _watch(self, loss: float, figures: dict[str, float], state: Any) -> None:
         """Named warnings, each at most once: they advise, they never stop a run."""
         self._losses.append(loss)
+        self._figures.append(figures)
+        for code, message, advice in concerns(self.settings.objective, list(self._figures)):
+            self._warn(code, message, advice)
         step = state.global_step
         # The first step of a warm-up has rate 0, and so has every step of a run that ends with it.
         warming_up = step <= math.ceil(self.settings.warmup_ratio * state.max_steps) < state.max_steps
@@ -120,8 +136,8 @@ class Monitor(TrainerCallback):
                 f"The learning rate is 0 at step {step}: nothing is learned.",
                 "Check training.scheduler and training.warmup_ratio.",
             )
-        if len(self._losses) < 2 * WATCH_WINDOW:
-            return
+        if len(self._losses) < 2 * WATCH_WINDOW or self.settings.objective in REINFORCED:
+            return  # the loss of a policy gradient says nothing about progress
         losses = list(self._losses)
         before, after = sum(losses[:WATCH_WINDOW]) / WATCH_WINDOW, sum(losses[WATCH_WINDOW:]) / WATCH_WINDOW
         if after > before * 1.1:

@@ -1,7 +1,7 @@
 """What is trained on what: from a configuration to tokens, a model, a trainer and a saved result.
 
-`run.py` calls these in order. An objective is a row of `OBJECTIVES`: which examples it takes and which
-of their tokens enter the loss; everything else is shared.
+`run.py` calls these in order. An objective is a row of `OBJECTIVES`: which examples it takes, in which form, and who trains
+on them; everything else is shared. `start.py` holds the model a run starts from.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetuneflow.config import RunConfig, Training
 from finetuneflow.data.examples import Kind
+from finetuneflow.data.forms import Form
+from finetuneflow.data.preferences import Pairing
 from finetuneflow.data.prepare import Prepared, Recipe, prepare
 from finetuneflow.data.tokens import Policy, Supervise
 from finetuneflow.errors import FineTuneFlowError, ResumeError, TrainingError
@@ -28,20 +31,40 @@ from finetuneflow.training.callbacks import Monitor, memory_now
 from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage, find_valid
 from finetuneflow.training.progress import Progress
 from finetuneflow.training.setup import Setup
+from finetuneflow.training.start import Started, adapter_folder, model_source, shaping_files, start_model
 from finetuneflow.workspace import Workspace, require_free_bytes, sha256_json, translate_os_errors, write_json
+
+Family = Literal["supervised", "preference", "group", "ppo"]
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """`takes`: kinds of examples it can use; `supervise`: overrides `data.supervise` where only one choice makes sense."""
+    """`takes`: kinds of examples it can use; `form`: what rows they become; `family`: who trains on them.
+
+    `supervise` overrides `data.supervise` where only one choice makes sense.
+    """
 
     takes: frozenset[Kind]
+    form: Form = "supervised"
+    family: Family = "supervised"
     supervise: Supervise | None = None
 
 
+_PAIRS = Objective(frozenset({"preference"}), form="pair", family="preference")
+_PROMPTS = Objective(frozenset({"chat", "preference", "unpaired"}), form="prompt", family="group")
+
 OBJECTIVES: dict[str, Objective] = {
-    "sft": Objective(takes=frozenset({"chat", "text"})),
-    "pretrain": Objective(takes=frozenset({"chat", "text"}), supervise="all"),
+    "sft": Objective(frozenset({"chat", "text"})),
+    "pretrain": Objective(frozenset({"chat", "text"}), supervise="all"),
+    "dpo": _PAIRS,
+    "orpo": _PAIRS,
+    "cpo": _PAIRS,
+    "simpo": _PAIRS,
+    "kto": Objective(frozenset({"unpaired", "preference"}), form="rated", family="preference"),
+    "reward": _PAIRS,
+    "grpo": _PROMPTS,
+    "rloo": _PROMPTS,
+    "ppo": replace(_PROMPTS, family="ppo"),
 }
 
 
@@ -100,6 +123,11 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
         limit=data.limit,
         reject_threshold=data.reject_threshold,
         takes=objective.takes,
+        form=objective.form,
+        pairing=Pairing(data.min_rating_gap, data.good_rating, data.rating_pairs, data.max_pairs_per_prompt),
+        rated_weights=(config.preference.desirable_weight, config.preference.undesirable_weight),
+        replay=tuple(data.replay),
+        replay_share=data.replay_share,
         policy=Policy(supervise=objective.supervise or data.supervise, max_length=data.max_length, overlong=data.overlong),
         seed=config.training.seed,
     )
@@ -108,49 +136,6 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
     return Materials(
         prepared, tokenizer, template, tokenizer_digest, snapshot.digest, snapshot.commit if snapshot.from_hub else None
     )
-
-
-def model_source(config: RunConfig) -> Any:
-    from finetuneflow.models.source import ModelSource
-
-    return ModelSource(config.model.base, config.model.revision, config.model.trust_remote_code)
-
-
-# --- the model --------------------------------------------------------------------------------------
-
-
-def load_model(config: RunConfig, setup: Setup, base_commit: str | None, emit: Emit) -> Any:
-    """The base model with a fresh adapter (or unfrozen, for full fine-tuning), on its device."""
-    import torch
-    from transformers import set_seed
-
-    from finetuneflow.models.adapters import AdapterSpec, attach_adapter
-    from finetuneflow.models.load import load_base
-
-    method = config.method
-    loaded = load_base(
-        model_source(config),
-        quantize="nf4" if method.kind == "qlora" else None,
-        double_quant=method.double_quantization,
-        dtype=getattr(torch, setup.storage_dtype),
-        device=setup.device,
-    )
-    for note in loaded.notes:
-        emit("decision", setting="model", value=config.model.base, reason=note)
-    spec = AdapterSpec(
-        kind=method.kind,
-        r=method.r,
-        alpha=method.alpha,
-        dropout=method.dropout,
-        target_modules=method.target_modules,
-        modules_to_save=method.modules_to_save,
-        rslora=method.rslora,
-        num_virtual_tokens=method.num_virtual_tokens,
-    )
-    set_seed(config.training.seed)  # initial adapter weights depend on the seed alone, not on what ran before
-    model = attach_adapter(loaded.model, spec, base_revision=base_commit)
-    model.config.use_cache = False  # keys and values of past tokens are of no use in training
-    return model
 
 
 # --- training ---------------------------------------------------------------------------------------
@@ -231,15 +216,22 @@ def _train_once(
     from finetuneflow.training.trainer import PROGRESS_FILE
 
     emit("phase", name="loading")
-    model = load_model(config, setup, materials.base_commit, emit)
+    started = start_model(config, setup, materials.tokenizer, materials.base_commit, emit)
+    model = started.model
     progress = Progress(on_saving=lambda step: _say_saving(emit, step))
     if start:
         progress.load_state(json.loads((start.path / PROGRESS_FILE).read_text()))
     monitor = Monitor(emit, progress, training, run_dir, evaluates=materials.prepared.eval is not None)
-    trainer = build_trainer(config, training, setup, materials, model, monitor, run_dir)
+    if config.evaluation.at_steps and training.objective != "reward":
+        monitor.ask_at(
+            config.evaluation.at_steps,
+            lambda step: ask(config, model, materials, run_dir, emit, step=step, name=f"step-{step:06d}"),
+        )
+    trainer = build_trainer(config, training, setup, materials, started, monitor, run_dir, emit)
     counts = trainable_parameters(model)
     _require_disk(run_dir, counts.trainable)
-    if setup.device == "cuda" or training.oom == "retry":
+    draws = OBJECTIVES[training.objective].form == "prompt"  # answers are drawn first: the longest step is not known yet
+    if (setup.device == "cuda" or training.oom == "retry") and not draws:
         try_longest_batch(trainer)
     emit("phase", name="training", trainable_parameters=counts.trainable, total_parameters=counts.total)
     with orderly_stop(monitor):
@@ -268,57 +260,172 @@ OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit"}
 
 
 def build_trainer(
-    config: RunConfig, training: Training, setup: Setup, materials: Materials, model: Any, monitor: Monitor, run_dir: Path
+    config: RunConfig,
+    training: Training,
+    setup: Setup,
+    materials: Materials,
+    started: Started,
+    monitor: Monitor,
+    run_dir: Path,
+    emit: Emit,
 ) -> Any:
-    """The trainer for a model and tokens that are ready."""
-    from transformers import PrinterCallback, TrainingArguments
+    """The trainer for a model and rows that are ready."""
+    from transformers import PrinterCallback
+
+    prepared = materials.prepared
+    ours = {
+        "monitor": monitor,
+        "checkpoints_dir": run_dir / "checkpoints",
+        "keep_checkpoints": training.keep_checkpoints,
+        "places": prepared.place,
+    }
+    arguments = trainer_arguments(training, setup, run_dir)
+    family = OBJECTIVES[training.objective].family
+    if family == "ppo":
+        return _ppo_trainer(config, training, setup, materials, started, monitor, run_dir)
+    if family == "preference":
+        trainer = _preference_trainer(config, arguments, materials, started, ours, emit)
+    elif family == "group":
+        trainer = _group_trainer(config, arguments, materials, started, ours)
+    else:
+        trainer = _supervised_trainer(arguments, materials, started.model, ours)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def trainer_arguments(training: Training, setup: Setup, run_dir: Path) -> dict[str, Any]:
+    """Our settings in the words of `transformers.TrainingArguments` (and of TRL's, which add to them)."""
+    return {
+        "output_dir": str(run_dir / "checkpoints"),
+        "run_name": run_dir.name,
+        "num_train_epochs": training.epochs,
+        "max_steps": training.max_steps or -1,
+        "learning_rate": setup.learning_rate,
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": training.eval_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "warmup_steps": min(training.warmup_ratio, 0.999_999),  # a fraction is a share of all steps
+        "weight_decay": training.weight_decay,
+        "lr_scheduler_type": training.scheduler,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": OPTIMIZERS.get(setup.optimizer, setup.optimizer),
+        "bf16": setup.compute_dtype == "bfloat16",
+        "fp16": setup.compute_dtype == "float16",
+        "use_cpu": setup.device == "cpu",
+        "gradient_checkpointing": setup.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if setup.gradient_checkpointing else None,
+        "seed": training.seed,
+        "report_to": list(training.report_to) or "none",
+        # The monitor decides when to log, evaluate and save.
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": setup.device == "cuda",
+    }
+
+
+def _supervised_trainer(arguments: dict[str, Any], materials: Materials, model: Any, ours: dict[str, Any]) -> Any:
+    from transformers import TrainingArguments
 
     from finetuneflow.data.batches import Collator
     from finetuneflow.training.trainer import SupervisedTrainer
 
-    arguments = TrainingArguments(
-        output_dir=str(run_dir / "checkpoints"),
-        run_name=run_dir.name,
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps or -1,
-        learning_rate=setup.learning_rate,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.eval_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        warmup_steps=min(training.warmup_ratio, 0.999_999),  # a fraction is a share of all steps
-        weight_decay=training.weight_decay,
-        lr_scheduler_type=training.scheduler,
-        max_grad_norm=training.max_grad_norm,
-        optim=OPTIMIZERS.get(setup.optimizer, setup.optimizer),
-        bf16=setup.compute_dtype == "bfloat16",
-        fp16=setup.compute_dtype == "float16",
-        use_cpu=setup.device == "cpu",
-        activation_checkpointing=setup.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if setup.gradient_checkpointing else None,
-        seed=training.seed,
-        report_to=list(training.report_to) or "none",
-        # The monitor decides when to log, evaluate and save.
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=setup.device == "cuda",
-    )
-    trainer = SupervisedTrainer(
+    checkpointing = arguments.pop("gradient_checkpointing")  # under its new name, where TRL still asks for the old one
+    options = arguments.pop("gradient_checkpointing_kwargs")
+    return SupervisedTrainer(
         model=model,
-        args=arguments,
+        args=TrainingArguments(**arguments, activation_checkpointing=checkpointing, activation_checkpointing_kwargs=options),
         train_dataset=materials.prepared.train,
         eval_dataset=materials.prepared.eval,
         data_collator=Collator(materials.tokenizer.pad_token_id or 0),  # any id will do where there is none: padding is masked
-        monitor=monitor,
-        checkpoints_dir=run_dir / "checkpoints",
-        keep_checkpoints=training.keep_checkpoints,
-        places=materials.prepared.place,
+        **ours,
     )
-    trainer.remove_callback(PrinterCallback)
+
+
+def _preference_trainer(
+    config: RunConfig, arguments: dict[str, Any], materials: Materials, started: Started, ours: dict[str, Any], emit: Emit
+) -> Any:
+    from finetuneflow.training.preference import DPO, preference_trainer, reference_logps, settle_reference
+
+    prepared, objective = materials.prepared, config.training.objective
+    trainer = preference_trainer(
+        objective,
+        config.preference,
+        arguments,
+        model=started.model,
+        tokenizer=materials.tokenizer,
+        rows=(prepared.train, prepared.eval),
+        reference=started.reference,
+        **ours,
+    )
+    settle_reference(started.model, continued=config.model.adapter is not None and config.model.adapter_start == "continue")
+    if config.method.dropout and config.method.kind in ("lora", "qlora", "dora"):
+        emit(
+            "decision",
+            setting="method.dropout",
+            value=0.0,
+            reason=f"{objective} compares answers by their log-probabilities, which dropout would blur: none is applied.",
+        )
+    if isinstance(trainer, DPO) and config.preference.reference == "cached":
+        parts = (materials.tokenizer_digest, materials.base_digest, arguments["bf16"], shaping_files(config))
+        name = sha256_json([prepared.digest, *parts])[:32]
+        for rows, side in ((prepared.train, "train"), (prepared.eval, "eval")):
+            if rows is None:
+                continue
+            path = prepared.folder.parent.parent / "reference" / f"{name}-{side}.safetensors"
+            trainer.use_cached_reference(side, reference_logps(trainer, rows, path, emit))
     return trainer
+
+
+def _group_trainer(
+    config: RunConfig, arguments: dict[str, Any], materials: Materials, started: Started, ours: dict[str, Any]
+) -> Any:
+    from finetuneflow.evaluation.reward_model import load_reward_model
+    from finetuneflow.evaluation.rewards import as_trl, load_rewards
+    from finetuneflow.inference import Generator
+    from finetuneflow.training.preference import settle_reference
+    from finetuneflow.training.reinforcement import group_trainer
+
+    ending = Generator(started.model, materials.tokenizer, materials.template).ending
+    open_model = partial(load_reward_model, device=started.model.device, batch_size=config.training.eval_batch_size)
+    rewards = load_rewards(config.reinforcement, ending=ending, open_model=open_model)
+    trainer = group_trainer(
+        config.training.objective,
+        config.reinforcement,
+        arguments,
+        model=started.model,
+        tokenizer=materials.tokenizer,
+        template=materials.template,
+        rows=(materials.prepared.train, materials.prepared.eval),
+        rewards=[as_trl(reward) for reward in rewards],
+        weights=[reward.weight for reward in rewards],
+        reference=started.reference,
+        **ours,
+    )
+    settle_reference(started.model, continued=config.model.adapter is not None and config.model.adapter_start == "continue")
+    return trainer
+
+
+def _ppo_trainer(
+    config: RunConfig, training: Training, setup: Setup, materials: Materials, started: Started, monitor: Monitor, run_dir: Path
+) -> Any:
+    from finetuneflow.training.ppo import ppo_trainer
+
+    return ppo_trainer(
+        config,
+        training,
+        setup,
+        started.model,
+        materials.tokenizer,
+        materials.template,
+        materials.prepared,
+        monitor,
+        run_dir,
+        reference=started.reference,
+    )
 
 
 @contextlib.contextmanager
@@ -351,14 +458,9 @@ def try_longest_batch(trainer: Any) -> None:
     dataset = trainer.train_dataset
     lengths = dataset["length"]
     longest = sorted(range(len(dataset)), key=lambda i: lengths[i], reverse=True)[: trainer.args.per_device_train_batch_size]
-    batch = trainer.data_collator([dataset[i] for i in longest])
-    batch.pop("row_ids")
     with torch.random.fork_rng():
         trainer.model.to(trainer.args.device).train()
-        inputs = trainer._prepare_inputs(batch)
-        with trainer.accelerator.autocast():
-            loss = trainer.compute_loss(trainer.model, inputs)
-        loss.backward()
+        trainer.probe_loss([dataset[i] for i in longest]).backward()
     trainer.model.zero_grad(set_to_none=True)
 
 
@@ -462,6 +564,8 @@ def save_result(config: RunConfig, outcome: Outcome, materials: Materials, run_d
                 adapter.base_model_name_or_path = config.model.base  # not the folder of this machine's cache
             save_adapter(outcome.model, temporary)
             (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the export writes a real one
+            if config.model.adapter is not None and config.model.adapter_start == "stack":
+                _sum_with_lower(adapter_folder(config.model.adapter), temporary)
         else:
             outcome.model.config.use_cache = True
             outcome.model.save_pretrained(temporary)
@@ -473,26 +577,47 @@ def save_result(config: RunConfig, outcome: Outcome, materials: Materials, run_d
         os.replace(temporary, target)
 
 
+def _sum_with_lower(lower: Path, upper: Path) -> None:
+    """Replace a stacked adapter by one that holds both, so that it works on the original base."""
+    from finetuneflow.models.adapters import write_sum
+
+    both = upper.with_name(f"{upper.name}.both")
+    shutil.rmtree(both, ignore_errors=True)
+    write_sum(lower, upper, both)
+    shutil.rmtree(upper)
+    os.replace(both, upper)
+
+
 def measure(config: RunConfig, outcome: Outcome, materials: Materials, run_dir: Path, emit: Emit) -> dict[str, Any]:
     """Answers to held-out prompts, and the acceptance suite where one is named: for `metrics.json`, details in `evals/`."""
+    if config.training.objective == "reward":  # it scores and writes nothing; its accuracy is in the evaluations
+        return {"inference_samples": []}
+    outcome.model.config.use_cache = True
+    return ask(config, outcome.model, materials, run_dir, emit, step=outcome.step, name="after-training")
+
+
+def ask(
+    config: RunConfig, model: Any, materials: Materials, run_dir: Path, emit: Emit, *, step: int, name: str
+) -> dict[str, Any]:
+    """Ask the model, as it is now, some held-out prompts and the suite; greedy, so that nothing random is drawn."""
     from finetuneflow.evaluation.measure import sample_answers
     from finetuneflow.evaluation.questions import read_examples
     from finetuneflow.evaluation.suite import load_suite, run_suite
     from finetuneflow.inference import Generator
 
     settings = config.evaluation
-    outcome.model.config.use_cache = True
-    generator = Generator(outcome.model, materials.tokenizer, materials.template, name=run_dir.name)
+    generator = Generator(model, materials.tokenizer, materials.template, name=run_dir.name)
     found: dict[str, Any] = {"inference_samples": []}
-    if settings.samples and config.training.objective == "sft" and materials.prepared.eval is not None:
+    if settings.samples and config.training.objective != "pretrain" and materials.prepared.eval is not None:
         examples, _ = read_examples([run_dir / "data" / "eval.jsonl"])
         samples = sample_answers(generator, examples, count=settings.samples, max_new_tokens=settings.max_new_tokens)
         found["inference_samples"] = [sample.to_dict() for sample in samples]
         for sample in found["inference_samples"]:
-            emit("sample", step=outcome.step, **sample)
+            emit("sample", step=step, **sample)
     if settings.suite:
         result = run_suite(generator, load_suite(settings.suite))
-        write_json(run_dir / "evals" / "after-training.json", result.to_dict())
+        write_json(run_dir / "evals" / f"{name}.json", result.to_dict())
+        emit("suite", step=step, name=result.suite, passed=result.passed, prompts=len(result.items), share=result.pass_share)
         found |= {"suite": result.suite, "suite_pass_share": result.pass_share, "suite_prompts": len(result.items)}
     return found
 

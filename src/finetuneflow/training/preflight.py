@@ -63,7 +63,7 @@ def plan_record(seen: Look) -> dict[str, Any]:
         "verdict": estimate.verdict if estimate else None,
         "seconds": cost.seconds.expected if cost else None,
         # what `train_runtime` measures: the steps, with the evaluations and checkpoints between them
-        "training_seconds": sum(cost.parts.get(part, 0.0) for part in ("training", "evaluation", "checkpoints"))
+        "training_seconds": sum(cost.parts.get(part, 0.0) for part in ("training", "drawing", "evaluation", "checkpoints"))
         if cost
         else None,
         "compute_dtype": situation.resolved.compute_dtype if situation.resolved else None,

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Progress:
         self._on_saving = on_saving
         self._step_loss: Any = None
         self._window: list[Any] = []
+        self._metrics: dict[str, list[float]] = {}  # of the open log window, by name
         self.best_step: int | None = None
         self.best_loss: float | None = None
         self.evaluations_without_improvement = 0
@@ -56,6 +57,12 @@ class Progress:
         """The share of one micro-batch in the step's loss (already divided by the step's tokens)."""
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
 
+    def add_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Figures of one micro-batch or step beside the loss; the next log line holds their mean. What is not finite is left out."""
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._metrics.setdefault(name, []).append(value)
+
     def end_step(self, *, grad_norm: float, learning_rate: float) -> None:
         self._window.append(self._step_loss)
         self._step_loss = None
@@ -82,6 +89,12 @@ class Progress:
         self._window = []
         return sum(losses) / len(losses)
 
+    def drain_metrics(self) -> dict[str, float]:
+        """Mean of each figure since the last log line; empties the window."""
+        found = {name: sum(values) / len(values) for name, values in self._metrics.items()}
+        self._metrics = {}
+        return found
+
     def seconds(self) -> float:
         """Training time of all attempts that led here."""
         return self._seconds_before + self._clock() - self._began
@@ -102,6 +115,7 @@ class Progress:
     def state(self) -> dict[str, Any]:
         return {
             "window": [float(loss) for loss in self._window],
+            "metrics": self._metrics,
             "best_step": self.best_step,
             "best_loss": self.best_loss,
             "evaluations_without_improvement": self.evaluations_without_improvement,
@@ -112,6 +126,7 @@ class Progress:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._window = list(state["window"])
+        self._metrics = {name: list(values) for name, values in state["metrics"].items()}
         self.best_step = state["best_step"]
         self.best_loss = state["best_loss"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]

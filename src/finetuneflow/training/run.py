@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,8 @@ from finetuneflow.config import Origin, RunConfig, dump_config, load_config, req
 from finetuneflow.errors import FineTuneFlowError, ResumeError, StorageError, TrainingError
 from finetuneflow.events import Emit, EventLog, Sink, metric_lines, read_events
 from finetuneflow.training import checkpoints
-from finetuneflow.training.lineage import differences, environment, fingerprint
+from finetuneflow.training.lineage import Membership, differences, environment, fingerprint, record_result, record_start
+from finetuneflow.training.start import merged_base, shaping_files, with_folders
 from finetuneflow.training.status import forget_stop, run_status
 from finetuneflow.workspace import Workspace, directory_lock, write_atomic, write_json
 
@@ -45,15 +45,22 @@ def train(
     origins: Mapping[str, Origin] | None = None,
     sinks: Sequence[Sink] = (),
     on_start: Callable[[Path], None] = lambda run_dir: None,
+    member: Membership | None = None,
 ) -> RunResult:
-    """Run `config` in a new run directory of `workspace`. Events go to its file and to every sink."""
+    """Run `config` in a new run directory of `workspace`, as a stage of a pipeline where it is a `member` of one.
+
+    Events go to its file and to every sink.
+    """
     from finetuneflow.data.prepare import require_files
 
     require_runnable(config)
     config = config.with_absolute_paths()
-    require_files((*config.data.train, *config.data.eval))
+    require_files((*config.data.train, *config.data.eval, *config.data.replay))
     workspace = workspace or Workspace()
+    config = with_folders(config, workspace)
     run_dir = workspace.new_run_dir(config.name)
+    record_start(run_dir, config, workspace, member)  # first: what has a run.yaml is a run
+    config = merged_base(config, run_dir, workspace)
     write_atomic(run_dir / "run.yaml", dump_config(config, origins or {}))
     on_start(run_dir)
     return _attempt(config, run_dir, workspace, sinks, origins=origins or {}, resuming=False, accept_changes=False)
@@ -96,7 +103,7 @@ def _attempt(
                 config, run_dir, workspace, log.emit, origins=origins, resuming=resuming, accept_changes=accept_changes
             )
         except BaseException as error:
-            failure = _as_failure(error)
+            failure = as_failure(error)
             if failure.code == "OUT_OF_MEMORY":
                 failure.remedy = memory_remedies(config, workspace, failure, run_dir.name)
             with contextlib.suppress(StorageError):  # a disk without room for these words must not hide them
@@ -108,7 +115,7 @@ def _attempt(
             raise failure from error
 
 
-def _as_failure(error: BaseException) -> FineTuneFlowError:
+def as_failure(error: BaseException) -> FineTuneFlowError:
     """Every way a run can fail as one error of our family."""
     from finetuneflow.training.objectives import explain_out_of_memory, is_out_of_memory
 
@@ -140,6 +147,7 @@ def execute(
     accept_changes: bool,
 ) -> RunResult:
     """The run itself."""
+    from finetuneflow.models.own import keep_module
     from finetuneflow.training import objectives
     from finetuneflow.training.energy import measured_energy
     from finetuneflow.training.preflight import preflight
@@ -167,7 +175,7 @@ def execute(
     current = fingerprint(
         config,
         setup,
-        data=prepared.files,
+        data={**prepared.files, **shaping_files(config)},
         tokenizer=materials.tokenizer_digest,
         template=materials.template.digest,
         base=materials.base_digest,
@@ -180,6 +188,7 @@ def execute(
     write_json(run_dir / "data" / "manifest.json", prepared.manifest)
     prepared.copy_held_out(run_dir / "data" / "eval.jsonl")
     materials.save_tokenizer(run_dir)
+    keep_module(config.model.module, run_dir)
 
     # Train.
     with measured_energy(config.training.country) as energy:
@@ -191,8 +200,10 @@ def execute(
     # Save, then measure what was saved.
     emit("phase", name="saving")
     objectives.save_result(config, outcome, materials, run_dir)
+    record_result(run_dir, config, prepared.manifest)
     emit("phase", name="evaluating")
     metrics = {
+        "objective": config.training.objective,
         **_metrics(run_dir, outcome, prepared.manifest),
         "energy": asdict(energy),
         **objectives.measure(config, outcome, materials, run_dir, emit),
@@ -261,8 +272,9 @@ def _metrics(run_dir: Path, outcome: Any, manifest: dict[str, Any]) -> dict[str,
         "train_loss": train_loss,
         "final_train_loss": logs[-1]["loss"] if logs else None,
         "eval_loss": final["eval_loss"] if final else None,
-        "perplexity": math.exp(min(final["eval_loss"], 700.0)) if final else None,
-        "eval_token_accuracy": final["eval_token_accuracy"] if final else None,
+        "perplexity": final.get("eval_perplexity") if final else None,
+        "eval_token_accuracy": final.get("eval_token_accuracy") if final else None,
+        "eval_metrics": {name: value for name, value in (final or {}).items() if name.startswith("eval_")},
         "best_eval_loss": best["eval_loss"] if best else None,
         "best_step": best["step"] if best else None,
         "steps": outcome.step,
@@ -276,6 +288,7 @@ def _metrics(run_dir: Path, outcome: Any, manifest: dict[str, Any]) -> dict[str,
         "eval_examples": manifest["eval_examples"],
         "train_loss_curve": [{"step": line["step"], "loss": line["loss"]} for line in logs],
         "eval_loss_curve": [{"step": line["step"], "loss": line["eval_loss"]} for line in evals],
+        "metrics_curve": [{"step": line["step"], **line["metrics"]} for line in logs if "metrics" in line],
     }
 
 

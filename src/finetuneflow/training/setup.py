@@ -13,6 +13,7 @@ from typing import Any, Literal
 from finetuneflow.config import RunConfig
 from finetuneflow.errors import HardwareError
 from finetuneflow.knowledge.resolve import Decision, resolve_on
+from finetuneflow.models.new import is_fresh
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Setup:
 def choose_setup(config: RunConfig, *, threads: int | None = None) -> Setup:
     """Decide everything that depends on the hardware. `threads` repeats an earlier choice (resume)."""
     device = _choose_device(config)
-    resolved = resolve_on(config, device, bf16=bf16_is_fast(device))
+    resolved = resolve_on(config, device, bf16=bf16_is_fast(device), fresh=is_fresh(config.model.base))
     decisions = list(resolved.decisions)
     return Setup(
         device=device,

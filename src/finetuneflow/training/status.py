@@ -1,15 +1,18 @@
-"""How a run stands, told from its directory alone. No torch: listing runs must be instant."""
+"""How a run, or a pipeline, stands, told from its directory alone. No torch: listing runs must be instant."""
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from finetuneflow.config import load_config
-from finetuneflow.errors import FineTuneFlowError
+from finetuneflow.errors import FineTuneFlowError, StorageError
 from finetuneflow.events import read_events
-from finetuneflow.workspace import lock_owner, write_json
+from finetuneflow.pipeline_config import read_pipeline
+from finetuneflow.pipeline_stages import Stage
+from finetuneflow.workspace import Workspace, lock_owner, write_json
 
 STOP_FILE = "stop.json"
 ENDINGS = {"complete": "succeeded", "stopped": "stopped", "failed": "failed"}
@@ -42,12 +45,15 @@ def run_status(run_dir: Path) -> str:
 
 def run_summary(run_dir: Path) -> dict[str, Any]:
     """One line of `ftf runs`. A run whose file is damaged is listed as such, never hidden."""
+    lineage = read_json_object(run_dir / "lineage.json")
     summary: dict[str, Any] = {
         "run": run_dir.name,
         "path": str(run_dir),
         "status": run_status(run_dir),
         "method": None,
         "base": None,
+        "pipeline": lineage.get("pipeline"),
+        "stage": lineage.get("stage"),
     }
     try:
         config, _ = load_config(run_dir / "run.yaml")
@@ -72,3 +78,138 @@ def run_summary(run_dir: Path) -> dict[str, Any]:
         figures["started"] = first
         figures["seconds"] = (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
     return summary | figures
+
+
+# --- pipelines ----------------------------------------------------------------------------------------
+
+
+def pipeline_status(directory: Path) -> str:
+    """`running`, `succeeded`, `stopped`, `gated`, `failed`, or `interrupted` (its process died without a word)."""
+    if lock_owner(directory) is not None:
+        return "running"
+    last = "interrupted"
+    for event in read_events(directory / "events.jsonl"):
+        if event["event"] == "pipeline":
+            last = "interrupted" if event["status"] == "started" else str(event["status"])
+    return last
+
+
+def stage_runs(directory: Path) -> dict[str, Path]:
+    """The newest run of each stage, oldest first, told by the lineage of the runs beside the pipeline."""
+    return runs_of_pipelines(Workspace(directory.parent.parent)).get(directory.name, {})
+
+
+def runs_of_pipelines(workspace: Workspace) -> dict[str, dict[str, Path]]:
+    """The newest run of each stage of every pipeline."""
+    found: dict[str, dict[str, Path]] = {}
+    for name in workspace.run_names():
+        lineage = read_json_object(workspace.runs_dir / name / "lineage.json")
+        if lineage.get("pipeline"):
+            found.setdefault(str(lineage["pipeline"]), {})[str(lineage.get("stage"))] = workspace.runs_dir / name
+    return found
+
+
+def pipeline_summary(directory: Path, status: str | None = None, runs: dict[str, Path] | None = None) -> dict[str, Any]:
+    """A pipeline and its stages as they stand: what `state.json` keeps for other programs. The runs are the truth of it.
+
+    `status`: where the caller knows better, because it is the process that works on it; `runs`: as `stage_runs` finds them.
+    """
+    pipeline = read_pipeline(directory)
+    runs = stage_runs(directory) if runs is None else runs
+    gates, last, began, seconds = _told(directory / "events.jsonl")
+    stages = [_stage_summary(stage, runs.get(stage.name), gates.get(stage.name, {})) for stage in pipeline.stages]
+    return {
+        "pipeline": directory.name,
+        "path": str(directory),
+        "status": status or pipeline_status(directory),
+        "reason": last.get("message"),
+        "started": began,
+        "seconds": seconds,
+        "stages": stages,
+    }
+
+
+def _told(events: Path) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, Any], str | None, float]:
+    """(the newest outcome of each gate by stage, the last word of the pipeline, when it began, seconds of all attempts)."""
+    gates: dict[str, dict[str, dict[str, Any]]] = {}
+    last: dict[str, Any] = {}
+    began = before = None
+    seconds = 0.0
+    for event in read_events(events):
+        now = datetime.fromisoformat(event["time"])
+        if before is not None and not (event["event"] == "pipeline" and event["status"] == "started"):
+            seconds += (now - before).total_seconds()  # what lies between two attempts is no time of the pipeline's
+        began, before = began or event["time"], now
+        if event["event"] == "gate":
+            outcome = {key: event[key] for key in ("gate", "passed", "found", "accepted")}
+            gates.setdefault(event["stage"], {})[event["gate"]] = outcome
+        elif event["event"] == "pipeline":
+            last = event
+    return gates, last, began, seconds
+
+
+def _stage_summary(stage: Stage, run_dir: Path | None, gates: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "stage": stage.name,
+        "objective": stage.config.training.objective,
+        "method": stage.config.method.kind,
+        "start": {"kind": stage.start.kind, "from": stage.start.parent, "reason": stage.start.reason},
+        "gates": list(gates.values()),
+        "run": None,
+        "status": "waiting",
+    }
+    if run_dir is None:
+        return summary
+    metrics, lineage = read_json_object(run_dir / "metrics.json"), read_json_object(run_dir / "lineage.json")
+    status = run_status(run_dir)
+    if status == "succeeded" and any(not (gate["passed"] or gate["accepted"]) for gate in gates.values()):
+        status = "gated"
+    figures = {name: metrics.get(name) for name in ("steps", "train_runtime", "peak_memory_bytes", "eval_loss")}
+    result = (lineage.get("result") or {}).get("sha256")
+    return summary | {"run": run_dir.name, "status": status, **figures, "result_sha256": result}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a run directory; empty where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def pipeline_dir(workspace: Workspace, text: str | Path) -> Path | None:
+    """The pipeline that is meant where a verb goes on with one or stops one: by name or path, or `latest` where the newest
+    thing in the workspace is a pipeline or a run of one."""
+    if str(text) != "latest":
+        is_run = str(text) in workspace.run_names() or (Path(text) / "run.yaml").is_file()
+        return None if is_run else workspace.find_pipeline_dir(text)
+    runs, pipelines = workspace.run_names(), workspace.pipeline_names()
+    if not pipelines:
+        return None
+    newest = workspace.pipelines_dir / pipelines[-1]
+    if not runs:
+        return newest
+    run_dir = workspace.runs_dir / runs[-1]
+    if owner := read_json_object(run_dir / "lineage.json").get("pipeline"):
+        return workspace.find_pipeline_dir(str(owner))
+    ages = [(path.stat().st_mtime_ns) for path in (newest / "pipeline.yaml", run_dir / "run.yaml")]
+    return newest if ages[0] > ages[1] else None
+
+
+def named_run(workspace: Workspace, text: str | Path) -> Path:
+    """The run that is meant: as `Workspace.run_dir` finds it, or of a pipeline its last finished stage that answers."""
+    if str(text) == "latest" or str(text) in workspace.run_names() or (Path(text) / "run.yaml").is_file():
+        return workspace.run_dir(text)
+    directory = workspace.find_pipeline_dir(text)
+    if directory is None:
+        return workspace.run_dir(text)
+    runs = stage_runs(directory)
+    for stage in reversed(read_pipeline(directory).stages):
+        if stage.answers and stage.name in runs and run_status(runs[stage.name]) == "succeeded":
+            return runs[stage.name]
+    raise StorageError(
+        "RUN_NOT_FOUND",
+        f"No stage of the pipeline {directory.name} whose result answers has ended yet.",
+        remedy=f"`ftf resume {directory.name}` goes on with it.",
+    )

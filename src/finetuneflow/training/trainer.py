@@ -1,8 +1,8 @@
-"""The supervised trainer: transformers' `Trainer` with our loss, guards, evaluation and checkpoints.
+"""The trainers: `GuardedTrainer`, what all of them share, and `SupervisedTrainer`, which learns answers.
 
-What differs from the parent, and why:
+What differs from transformers' `Trainer`, and why:
 
-- the loss is the mean over *supervised tokens of the whole optimizer step*, computed only at positions
+- the supervised loss is the mean over *supervised tokens of the whole optimizer step*, computed only at positions
   that have a label; the parent leaves the normalisation to each model class;
 - a loss or gradient that is not finite stops the run before the optimizer moves, naming the rows;
 - the evaluation loss is a mean over tokens, not a mean of batch means (which depends on the batch size);
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import Trainer
 
 from finetuneflow.data.batches import IGNORED, EpochSampler
 from finetuneflow.errors import TrainingError
+from finetuneflow.models.adapters import TRAINED, is_peft_model, load_adapter_weights
 from finetuneflow.training.callbacks import Monitor
 from finetuneflow.training.checkpoints import prune, write_checkpoint
 
@@ -46,8 +47,18 @@ def supervised_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.T
     return total, chosen.sum(), correct
 
 
-class SupervisedTrainer(Trainer):
-    """See the module text. `places` names row ids for people; `checkpoints_dir` is where `step-N` folders go."""
+class GuardedTrainer(Trainer):
+    """What every trainer here does alike, also those that TRL provides: guards, order of rows, checkpoints, figures.
+
+    Stands before a library's trainer in the order of classes: `class DPO(GuardedTrainer, trl.DPOTrainer)`.
+    `places` names row ids for people; `checkpoints_dir` is where `step-N` folders go.
+    """
+
+    # The library types these as optional, or as the base class of what they are here.
+    model: Any
+    args: Any
+    train_dataset: Any
+    _metrics: Any  # of TRL's trainers: figures of recent forward passes, by mode and name
 
     def __init__(
         self,
@@ -58,40 +69,48 @@ class SupervisedTrainer(Trainer):
         places: Callable[[int], str],
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, callbacks=[monitor], **kwargs)
-        self.model_accepts_loss_kwargs = True  # makes the parent count supervised tokens over the whole step
-        self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = True
         self.monitor = monitor
         self.progress = monitor.progress
-        monitor.trainer = self
         self.checkpoints_dir = checkpoints_dir
         self.keep_checkpoints = keep_checkpoints
         self.places = places
         self._step_rows: list[int] = []
+        super().__init__(*args, callbacks=[monitor], **kwargs)
+        monitor.trainer = self
+
+    def _send_telemetry(self) -> None:
+        """TRL reports its use to a server; nothing here does."""
 
     # --- one step -----------------------------------------------------------------------------
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        rows = inputs.pop("row_ids").tolist()
-        self._step_rows += rows
-        self.progress.count(examples=len(rows), tokens=int(inputs["attention_mask"].sum()))
+        self._step_rows += self.count(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self._non_finite("loss", float(loss))
         self.progress.add_loss(loss)
+        self.progress.add_metrics(self.take_figures("train"))
         return loss
 
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        total, count, _ = supervised_loss(outputs.logits, labels)
-        loss = total / (num_items_in_batch if num_items_in_batch is not None else count.clamp(min=1))
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients; the divisor already counts all devices
-        return (loss, outputs) if return_outputs else loss
+    def count(self, inputs: dict[str, Any]) -> list[int]:
+        """Take the row ids out of a batch and count its rows and tokens."""
+        rows: list[int] = inputs.pop("row_ids").tolist()
+        self.progress.count(examples=len(rows), tokens=int(inputs["attention_mask"].sum()))
+        return rows
+
+    def take_figures(self, mode: str) -> dict[str, float]:
+        """Figures beside the loss that the last forward passes of `mode` ("train" or "eval") left, under our names."""
+        return {}
+
+    def probe_loss(self, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """The loss of some rows as a training step would compute it, leaving no trace in figures and counts."""
+        batch = self.data_collator(list(rows))
+        batch.pop("row_ids")
+        inputs = self._prepare_inputs(batch)
+        with self.accelerator.autocast():
+            loss: Any = self.compute_loss(self.model, inputs)
+        self.take_figures("train")
+        return loss  # type: ignore[no-any-return]
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
@@ -115,33 +134,6 @@ class SupervisedTrainer(Trainer):
         )
 
     # --- evaluation -----------------------------------------------------------------------------
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        loader = self.get_eval_dataloader(eval_dataset)
-        was_training = self.model.training
-        self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        # A loader draws a seed from the global random state: put back, so that evaluating does not change the dropout that follows.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for batch in loader:
-                batch.pop("row_ids")
-                batch = self._prepare_inputs(batch)
-                labels = batch.pop("labels")
-                with self.accelerator.autocast():
-                    logits = self.model(**batch).logits
-                sums += torch.stack([part.double() for part in supervised_loss(logits, labels)])
-        self.model.train(was_training)
-        nll, count, correct = self.accelerator.reduce(sums, "sum").tolist()
-        loss = nll / count
-        metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
-            f"{metric_key_prefix}_token_accuracy": correct / count,
-            f"{metric_key_prefix}_tokens": count,
-        }
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = self.progress.record_evaluation(self.state.global_step, metrics["eval_loss"])
@@ -178,3 +170,66 @@ class SupervisedTrainer(Trainer):
 
         write_checkpoint(self.checkpoints_dir, step, save, event=lambda: self.progress.emit_saving(step))
         prune(self.checkpoints_dir, keep=self.keep_checkpoints, protect=self.progress.best_step)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of several adapters in memory (a frozen reference, a reward model) only the trained one is the run's."""
+        if not is_peft_model(self.model):
+            super().save_model(output_dir, _internal_call=_internal_call)
+            return
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, selected_adapters=[TRAINED])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Put saved weights back into the trained adapter, whatever other adapters are active."""
+        model = self.model if model is None else model
+        if not is_peft_model(model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_adapter_weights(model, Path(resume_from_checkpoint), name=TRAINED)
+
+
+class SupervisedTrainer(GuardedTrainer):
+    """Next-token cross-entropy on the supervised tokens; see the module text."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # makes the parent count supervised tokens over the whole step
+        self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = True
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        total, count, _ = supervised_loss(outputs.logits, labels)
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else count.clamp(min=1))
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients; the divisor already counts all devices
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        loader = self.get_eval_dataloader(eval_dataset)
+        was_training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        # A loader draws a seed from the global random state: put back, so that evaluating does not change the dropout that follows.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for batch in loader:
+                batch.pop("row_ids")
+                batch = self._prepare_inputs(batch)
+                labels = batch.pop("labels")
+                with self.accelerator.autocast():
+                    logits = self.model(**batch).logits
+                sums += torch.stack([part.double() for part in supervised_loss(logits, labels)])
+        self.model.train(was_training)
+        nll, count, correct = self.accelerator.reduce(sums, "sum").tolist()
+        loss = nll / count
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
+            f"{metric_key_prefix}_token_accuracy": correct / count,
+            f"{metric_key_prefix}_tokens": count,
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
