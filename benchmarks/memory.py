@@ -1,4 +1,4 @@
-"""Predicted against measured peak memory: shapes x methods x batches x lengths x checkpointing, each in a process of its own.
+"""Predicted against measured peak memory: shapes x methods x batches x lengths x objectives, each in a process of its own.
 
 Every setting trains two optimizer steps (a mixture of experts ten: its kernels' cache fills) through `ftf train`'s own engine on random weights, so that the optimizer's states
 exist when the second step needs its activations. Measured is the highest resident memory of the process (CPU), or
@@ -47,7 +47,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`prompt`: share of each row that is prompt, and so not supervised."""
+    """`prompt`: share of each row that is prompt, and so not supervised. Of the objectives that draw answers `length` is the
+    prompt's, `new_tokens` the answers', and `more` holds settings of their own."""
 
     shape: str
     method: str
@@ -61,15 +62,23 @@ class Setting:
     precision: str = "auto"
     prompt: float = 0.25
     steps: int = 2
+    objective: str = "sft"
+    new_tokens: int = 0
+    more: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
+        objective = "" if self.objective == "sft" else f" {self.objective}"
+        width = f"{self.batch}x{self.length}" + (f"+{self.new_tokens}" if self.new_tokens else "")
         extra = [f"{key} {value}" for key, value in (("accumulate", self.accumulation),) if value != 1]
         extra += [self.optimizer] if self.optimizer != "auto" else []
         extra += [self.precision] if self.precision != "auto" else []
         extra += ["checkpointing"] if self.checkpointing else []
-        return f"{self.shape} {self.method} {self.batch}x{self.length}" + "".join(f", {text}" for text in extra)
+        extra += [f"{key.rpartition('.')[2]} {value}" for key, value in self.more]
+        return f"{self.shape}{objective} {self.method} {width}" + "".join(f", {text}" for text in extra)
 
+
+ONE_ROUND = (("reinforcement.rollout_size", 8), ("reinforcement.update_epochs", 1))  # what repeats takes time, not memory
 
 SETTINGS = (
     Setting("starter", "lora", 4, 256),
@@ -96,7 +105,30 @@ SETTINGS = (
     Setting("qwen3-130m", "lora", 2, 256),
     Setting("qwen3-130m", "qlora", 4, 256, checkpointing=True, held_out=True),
     Setting("qwen3-130m", "dora", 1, 512, held_out=True),
-)
+    # Preferences: a row of a pair is two.
+    Setting("llama-30m", "lora", 2, 512, objective="dpo"),
+    Setting("llama-135m", "lora", 2, 256, objective="dpo", held_out=True),
+    Setting("llama-30m", "full", 2, 256, objective="dpo"),
+    Setting("llama-135m", "full", 1, 256, objective="dpo", held_out=True),
+    Setting("llama-135m", "lora", 2, 256, objective="dpo", checkpointing=True, held_out=True),
+    Setting("qwen3-130m", "qlora", 1, 256, objective="dpo", held_out=True),
+    Setting("llama-30m", "lora", 4, 512, objective="kto"),
+    Setting("llama-135m", "full", 2, 256, objective="kto", held_out=True),
+    Setting("llama-30m", "lora", 2, 512, objective="orpo"),
+    Setting("llama-135m", "full", 1, 256, objective="orpo", held_out=True),
+    Setting("llama-135m", "lora", 2, 256, objective="simpo", held_out=True),
+    Setting("llama-30m", "lora", 4, 512, objective="reward"),
+    Setting("llama-135m", "full", 2, 256, objective="reward", held_out=True),
+    # Drawn answers: prompts and new tokens.
+    Setting("llama-30m", "lora", 4, 128, new_tokens=64, accumulation=4, objective="grpo"),
+    Setting("llama-135m", "lora", 2, 128, new_tokens=32, accumulation=8, objective="grpo"),
+    Setting("llama-135m", "full", 2, 64, new_tokens=32, accumulation=4, objective="grpo", held_out=True),
+    Setting("llama-30m", "lora", 4, 256, new_tokens=32, accumulation=8, objective="rloo", held_out=True),
+    Setting("llama-30m", "lora", 4, 128, new_tokens=32, objective="ppo", more=ONE_ROUND),
+    Setting("llama-135m", "lora", 2, 128, new_tokens=32, objective="ppo", held_out=True, more=ONE_ROUND),
+    Setting("llama-30m", "full", 4, 64, new_tokens=32, objective="ppo", more=ONE_ROUND),
+    Setting("llama-135m", "full", 2, 64, new_tokens=32, objective="ppo", held_out=True, more=ONE_ROUND),
+)  # fmt: skip
 
 
 # --- measuring ----------------------------------------------------------------------------------------
@@ -128,17 +160,40 @@ def write_rows(path: Path, setting: Setting) -> None:
             longer = 5.0 if setting.shape == "starter" else 1.1  # the starter's tokens are longer than a character
             length = round(setting.length * (longer if index % 2 else 0.8))
             prompt = round(length * setting.prompt)
-            text = "".join(rng.choice(letters) for _ in range(length))
-            file.write(json.dumps({"instruction": text[:prompt], "output": text[prompt:]}) + "\n")
+            text, other = ("".join(rng.choice(letters) for _ in range(length)) for _ in range(2))
+            file.write(json.dumps(row_of(setting, text, other[prompt:], prompt, index)) + "\n")
+
+
+def row_of(setting: Setting, text: str, other: str, prompt: int, index: int) -> dict[str, Any]:
+    """A row in the form that the objective takes. `other`: an ending as long as that of `text`."""
+    if setting.objective == "sft":
+        return {"instruction": text[:prompt], "output": text[prompt:]}
+    if setting.objective == "kto":
+        return {"prompt": text[:prompt], "completion": text[prompt:], "label": index % 4 < 2}
+    if setting.new_tokens:
+        return {"prompt": text[: setting.length - 17], "answer": "none"}  # the template writes 17 characters around it
+    return {"prompt": text[:prompt], "chosen": text[prompt:], "rejected": other}
 
 
 def run_config(setting: Setting, base: str, rows: str, device: str) -> dict[str, Any]:
+    values = base_config(setting, base, rows, device)
+    if setting.new_tokens:
+        values["reinforcement"] = {"reward": ["length:20"], "max_new_tokens": setting.new_tokens, "samples_per_prompt": 4}
+        values["training"]["eval_batch_size"] = setting.batch
+    for key, value in setting.more:
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    return values
+
+
+def base_config(setting: Setting, base: str, rows: str, device: str) -> dict[str, Any]:
     return {
         "name": "memory",
         "model": {"base": base},
         "data": {"train": rows, "max_length": setting.length, "eval_fraction": 0},
         "method": {"kind": setting.method, "target_modules": "auto" if "moe" in setting.shape else "all-linear", "dropout": setting.dropout},
         "training": {
+            "objective": setting.objective,
             "device": device,
             "max_steps": setting.steps,
             "epochs": 100,

@@ -73,6 +73,9 @@ CHAT = DataFacts(
 SPREAD = replace(CHAT, length_percentiles=tuple(round(20 * 1.05**p) for p in range(101)))
 MUCH = replace(CHAT, examples=50_000)
 TEXT = replace(CHAT, kinds=("text",), supervised_share=1.0)
+PAIRS = replace(CHAT, form="pair", kinds=("preference",), both_tokens=380, prompt_tokens=100, length_ratio=1.0)
+RATED = replace(CHAT, form="rated", kinds=("unpaired",), prompt_tokens=100, good_share=0.5)
+PROMPTS = replace(CHAT, form="prompt", supervised_share=None, prompt_tokens=200, answer_percentiles=lengths(10, 100))
 INSTRUCT = ModelFacts(
     "an-instruct-model", model_type="llama", stored_dtype="bfloat16", chat_template="{{ '<|im_start|>' }}", licence="apache-2.0",
     config={"model_type": "llama"},
@@ -102,6 +105,10 @@ def codes(situation: Situation) -> set[str]:
 FULL, LORA, QLORA = "method.kind=full", "method.kind=lora", "method.kind=qlora"
 RATE = "training.learning_rate"
 OFF = "training.gradient_checkpointing='off'"
+DPO = "training.objective=dpo"
+GRPO = "training.objective=grpo reinforcement.reward=[ends]"
+PPO = "training.objective=ppo reinforcement.reward=[ends]"
+STACK = "model.adapter=runs/sft model.adapter_start=stack"
 
 CASES: dict[str, tuple[Situation, Situation]] = {
     # data
@@ -217,6 +224,50 @@ CASES: dict[str, tuple[Situation, Situation]] = {
     "WEIGHT_DECAY_ERASES": (
         run(f"{FULL} {RATE}=1e-4 training.weight_decay=0.1", steps=20_000),
         run(f"{FULL} {RATE}=1e-4 training.weight_decay=0.01", steps=20_000),
+    ),
+    # preferences
+    "OBJECTIVE_SETTING_WITHOUT_EFFECT": (
+        run("training.objective=orpo preference.reference=cached"),
+        run(f"{DPO} preference.reference=cached"),
+    ),
+    "PREFERENCE_LOSS_UNKNOWN": (run(f"{DPO} preference.loss=kto"), run("training.objective=kto preference.loss=kto")),
+    "PREFERENCE_BETA_UNUSUAL": (run(f"{DPO} preference.beta=0.51"), run(f"{DPO} preference.beta=0.5")),
+    "LR_HIGH_FOR_OBJECTIVE": (run(f"{DPO} {FULL} {RATE}=5.1e-6"), run(f"{DPO} {FULL} {RATE}=5e-6")),
+    "LR_DEFAULT_REPLACED": (run(f"{DPO} {RATE}=2e-4"), run(DPO)),
+    "PREFERENCE_BEFORE_TUNING": (run(DPO, model=BASE), run(f"{DPO} model.adapter=runs/sft", model=BASE)),
+    "STACK_NOT_POSSIBLE": (
+        run(f"{STACK} method.kind=dora"),
+        run(f"{STACK} method.kind=lora"),
+    ),
+    "KTO_MICRO_BATCH": (run("training.objective=kto training.batch_size=1"), run("training.objective=kto training.batch_size=2")),
+    "KTO_LABELS_UNBALANCED": (
+        run("training.objective=kto", data=replace(RATED, good_share=0.6)),
+        run("training.objective=kto", data=replace(RATED, good_share=0.57)),
+    ),
+    "PAIR_LENGTH_BIAS": (run(DPO, data=replace(PAIRS, length_ratio=1.6)), run(DPO, data=replace(PAIRS, length_ratio=1.4))),
+    "SPLIT_OF_PAIRS": (run(f"{DPO} data.overlong=split", data=PAIRS), run("data.overlong=split", data=CHAT)),
+    # rewards
+    "REWARD_MISSING": (run("training.objective=grpo"), run(GRPO)),
+    "REWARD_OUTSIDE_FOLDER": (
+        run("training.objective=grpo reinforcement.reward=[../mine.py:good] reinforcement.reward_folder=rewards"),
+        run("training.objective=grpo reinforcement.reward=[mine.py:good] reinforcement.reward_folder=rewards"),
+    ),
+    "REWARD_WEIGHTS_MISMATCH": (
+        run(f"{GRPO} reinforcement.reward_weights=[1,2]"),
+        run(f"{GRPO} reinforcement.reward_weights=[1]"),
+    ),
+    "GROUP_NOT_WHOLE": (run(f"{GRPO} training.gradient_accumulation=3"), run(f"{GRPO} training.gradient_accumulation=2")),
+    "KL_OFF": (run(f"{GRPO} reinforcement.kl_coefficient=0"), run(GRPO)),
+    "TEMPERATURE_OFF_POLICY": (run(f"{GRPO} reinforcement.temperature=0.6"), run(f"{GRPO} reinforcement.temperature=0.7")),
+    "ROLLOUT_NOT_WHOLE": (run(f"{PPO} reinforcement.rollout_size=24"), run(f"{PPO} reinforcement.rollout_size=32")),
+    "ANSWERS_CUT_SHORT": (
+        run(GRPO, data=replace(PROMPTS, answer_percentiles=lengths(100, 140))),
+        run(GRPO, data=replace(PROMPTS, answer_percentiles=lengths(100, 131))),
+    ),
+    "EVAL_GROUP_OF_ONE": (run(f"{GRPO} training.eval_batch_size=1"), run(f"{GRPO} training.eval_batch_size=2")),
+    "DRAWN_BEYOND_CONTEXT": (
+        run(GRPO, shape=STARTER, data=replace(PROMPTS, length_percentiles=lengths(100, 385))),
+        run(GRPO, shape=STARTER, data=replace(PROMPTS, length_percentiles=lengths(100, 384))),
     ),
     # steps
     "EFFECTIVE_BATCH_SMALL": (

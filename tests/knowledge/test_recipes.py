@@ -19,13 +19,10 @@ from finetuneflow.config import RunConfig, build_config, settings
 from finetuneflow.errors import ConfigError
 from finetuneflow.knowledge import recipes
 from finetuneflow.knowledge.recipes import (
-    BUILT_OBJECTIVES,
     Phase,
     Recipe,
     Span,
     build_with_recipe,
-    complete_values,
-    find_phase,
     load_phase,
     load_recipe,
     load_recipe_text,
@@ -123,18 +120,18 @@ def test_settings_are_valid_and_marked_as_the_recipes(phase: Phase) -> None:
     config = build_config(phase.settings)[0]
     assert config.data.train == [] and config.model == RunConfig().model, "data and base model are the user's"
     recipe = next(load_recipe(name) for name in EXPECTED if phase in load_recipe(name).phases)
-    if phase.available:
-        values, origins = recipe_config(recipe, phase.name)
-        assert build_config(values)[0].training.objective == phase.objective
-        assert origins and set(origins.values()) == {"recipe"}
-        assert "training.learning_rate" in origins
+    values, origins = recipe_config(recipe, phase.name)
+    assert build_config(values)[0].training.objective == phase.objective
+    assert origins and set(origins.values()) == {"recipe"}
+    assert "training.learning_rate" in origins
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_the_batch_of_the_settings_is_a_batch_of_a_source(phase: Phase) -> None:
     batches = [figures.batch for figures in (phase.published or phase.documented, phase.documented) if figures and figures.batch]
     if batches:
-        got = build_config(phase.settings)[0].training.effective_batch
+        config = build_config(phase.settings)[0]
+        got = config.reinforcement.rollout_size if phase.objective == "ppo" else config.training.effective_batch
         assert (batches[0].low or 0) <= got <= (batches[0].high or math.inf)
 
 
@@ -207,25 +204,7 @@ def test_the_guideline_table_of_the_chapter() -> None:
     }
 
 
-# --- what is available ----------------------------------------------------------------------------
-
-
-def test_what_can_run_follows_from_the_setting_of_the_engine() -> None:
-    assert "sft" in BUILT_OBJECTIVES
-    for name in EXPECTED:
-        recipe = load_recipe(name)
-        assert recipe.available == all(phase.objective in BUILT_OBJECTIVES for phase in recipe.phases)
-        assert (recipe.reason is None) == recipe.available
-
-
-@pytest.mark.skipif("ppo" in BUILT_OBJECTIVES, reason="ppo is built")
-def test_an_objective_that_is_not_built_is_said_clearly_and_what_runs_instead() -> None:
-    rlhf = load_recipe("rlhf")
-    assert rlhf.reason is not None and "ppo (ppo)" in rlhf.reason and "rlhf:sft can be run now" in rlhf.reason
-    with pytest.raises(ConfigError) as caught:
-        recipe_config(rlhf, "ppo")
-    assert caught.value.code == "RECIPE_NOT_AVAILABLE" and "rlhf:sft" in str(caught.value)
-    assert complete_values(find_phase(rlhf, "ppo"))["training"]["objective"] == "ppo"
+# --- phases -------------------------------------------------------------------------------------
 
 
 def test_a_recipe_of_several_phases_asks_for_one() -> None:
@@ -455,7 +434,7 @@ def test_the_global_batch_is_kept_or_the_note_tells_the_new_one(micro: int, accu
 
 def test_a_users_own_recipe_is_read_like_a_packaged_one() -> None:
     recipe = load(MINIMAL)
-    assert recipe.available and recipe.phases[0].settings == {"training": {"epochs": 2}, "method": {"r": 8}}
+    assert recipe.phases[0].settings == {"training": {"epochs": 2}, "method": {"r": 8}}
     assert exact(recipe_arithmetic(recipe.phases[0]).recipe.steps_implied) == round(2 * 100 / 16)
     assert load_recipe_text((FOLDER / "alpaca.yaml").read_text(encoding="utf-8"), "x") == load_recipe("alpaca")
 
@@ -537,7 +516,8 @@ def test_a_recipe_cannot_set_what_is_the_users(key: str) -> None:
 def test_settings_that_run_code_or_name_places_are_the_users() -> None:
     dangerous = {"model.trust_remote_code", "model.base", "data.train", "data.template", "data.template_consent"}
     assert not RECIPE_SETTINGS & (dangerous | {"training.report_to", "training.device", "evaluation.suite", "training.objective"})
-    assert {"training.epochs", "method.kind", "data.max_length"} <= RECIPE_SETTINGS
+    assert not RECIPE_SETTINGS & {"reinforcement.reward", "reinforcement.reward_folder", "reinforcement.reward_weights"}
+    assert {"training.epochs", "method.kind", "data.max_length", "preference.beta", "reinforcement.clip_range"} <= RECIPE_SETTINGS
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ NO_ROTARY = frozenset({"gpt2", "gpt_bigcode", "opt", "bloom", "gpt_neo", "mpt"})
 FUSED_QUERIES = frozenset({"query_key_value", "qkv_proj", "Wqkv", "W_pack", "c_attn"})
 MAMBA2_CHUNK = 256
 STATE_SPACE = frozenset({"mamba", "mamba2", "falcon_mamba"})
+MAMBA_SWELU = "mamba_swelu"
+SCAN_CHUNK = 32  # tokens for which our own scan keeps one state; it chooses between 8 and 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ def _per_token(shape: ModelShape, run: Pass, tokens: int) -> float:
         + feed_forward(shape, run)
         + experts(shape, run)
         + state_space(shape, run)
+        + mamba_swelu(shape, run)
         + inner_dropout(shape, run)
         + linear_inputs(shape, run)
         + adapters(run)
@@ -104,7 +107,9 @@ def is_layer_norm(shape: ModelShape) -> bool:
 
 def norms(shape: ModelShape, run: Pass) -> float:
     """The input of each norm, and its normalised form too where an RMS norm's weight is trained."""
-    per_block = 1 if shape.model_type in STATE_SPACE | PARALLEL_BLOCKS else 4 if shape.model_type in FOUR_NORMS else 2
+    per_block = (
+        1 if shape.model_type in STATE_SPACE | PARALLEL_BLOCKS | {MAMBA_SWELU} else 4 if shape.model_type in FOUR_NORMS else 2
+    )
     trained = run.stream if run.full and not is_layer_norm(shape) else 0
     first = 0 if run.full else 1  # what stands before the first adapter needs no gradient
     total = (shape.layers * per_block - first) * shape.hidden * (_norm_width(shape, run) + trained)
@@ -161,6 +166,8 @@ def _outputs(linears: Sequence[Linear], hidden: int) -> int:
 
 def feed_forward(shape: ModelShape, run: Pass) -> float:
     """With a gate: gate, its activation and the other branch, 3/2 of the inner projections' outputs. Else the activation's input."""
+    if shape.model_type == MAMBA_SWELU:
+        return 0.0
     inner = _outputs([linear for linear in shape.linears if linear.part == "mlp"], shape.hidden)
     factor = 1.5 if shape.gated_mlp else 4.0 if shape.model_type in WRITTEN_OUT_GELU else 1.0
     return inner * factor * run.compute
@@ -192,13 +199,30 @@ def state_space(shape: ModelShape, run: Pass) -> float:
     ten tensors of the inner width. Mamba-2 works in chunks of 256 tokens instead, with one decay per head.
     """
     layers = state_space_layers(shape)
-    if not layers:
+    if not layers or shape.model_type == MAMBA_SWELU:
         return 0.0
     inner, size = inner_width(shape), shape.state_size or 16
     if shape.model_type == "mamba2":
         return layers * (44 * inner + 6 * size * shape.heads + 8 * MAMBA2_CHUNK * shape.heads)
     trained = 4 * inner if run.full else 0
     return layers * (inner * size * (12 + run.compute) + 20 * inner + trained)
+
+
+def mamba_swelu(shape: ModelShape, run: Pass) -> float:
+    """Our own MambaSWELU (`models/mamba_swelu.py`, `kernels/scan.py`): each activation keeps its input alone.
+
+    Simplified: the activation's input, and both factors of the gated product. Selective: the inputs of two activations, the gate
+    with the projection it is a part of, the scan's input and steps (these in fp32), its result, and a state per chunk. The
+    convolution keeps its input, in fp32, where its kernel is trained. Dropout stands behind each block and dense layer.
+    """
+    if shape.model_type != MAMBA_SWELU:
+        return 0.0
+    c, inner = run.compute, inner_width(shape)
+    mixer = inner * (6 * c + 8 + 4 * (shape.state_size or 0) / SCAN_CHUNK) if shape.state_size else 3 * inner * c
+    kernel = 4 * inner if run.full else 0
+    dense = sum(linear.outputs for linear in shape.linears if linear.part == "mlp")
+    noise = shape.layers * shape.hidden + dense  # behind the embedding too, not behind the last dense layer of the same width
+    return shape.layers * (mixer + kernel + shape.hidden * c) + dense * c + noise * _noise_width(run, c)
 
 
 def state_space_layers(shape: ModelShape) -> int:
@@ -231,7 +255,8 @@ def linear_inputs(shape: ModelShape, run: Pass) -> float:
     """
     if not run.full:
         return 0.0
-    linears = [linear for linear in shape.linears if linear.part != "expert"]
+    # A state-space projection that takes no adapter is stored and never called.
+    linears = [t for t in shape.linears if t.part != "expert" and (t.is_linear_module or t.part != "state")]
     if run.autocast:
         return sum(linear.count * linear.inputs * run.compute for linear in linears if not _reads_attention(shape, linear))
     return _shared_inputs([linear for linear in linears if not _reads_attention(shape, linear)]) * run.compute

@@ -1,4 +1,7 @@
-"""Whether to fine-tune at all: what costs less and often does as well. Advice, never a refusal.
+"""Whether to fine-tune at all, and what to change after a run that was not good enough. Advice, never a refusal.
+
+    whether_to_tune   what costs less and often does as well
+    after_failure     rate, steps or data for the next run, from the figures of the last one
 
 The order is the field's: prompt engineering, retrieval, fine-tuning, full training (the meetup's slides).
 """
@@ -6,11 +9,14 @@ The order is the field's: prompt engineering, retrieval, fine-tuning, full train
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from finetuneflow.config import RunConfig
 from finetuneflow.errors import ConfigError
+from finetuneflow.knowledge.resolve import resolve_on
 from finetuneflow.knowledge.values import DataFacts
 
 # What somebody wants from a tuned model.
@@ -145,3 +151,91 @@ def _by_size(data: DataFacts) -> tuple[list[Reason], bool]:
         text = "Nothing is held out: whether the tuned model is better could not be shown. Set data.eval or data.eval_fraction."
         reasons.append(Reason(text, _OPENAI, against=False))
     return reasons, distinct < SEEN_TO_HELP
+
+
+# --- after a run that was not good enough --------------------------------------------------------------
+
+# The MambaSWELU strategy document: a rising loss means too high a rate, a standing one perhaps the end; where the test prompts
+# fail, halve the rate, train up to 50,000 steps, or take other data.
+MOST_STEPS = 50_000
+RISES, STANDS = 1.02, 0.01  # last loss over the lowest before it; change of the last third
+GOOD_SHARE = 0.8  # of the acceptance prompts
+FEWEST_POINTS = 6  # of a curve that says anything
+
+
+@dataclass(frozen=True, slots=True)
+class NextRun:
+    """One thing to change in the next run, with the settings that do it (none where data is what has to change)."""
+
+    text: str
+    reason: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def after_failure(config: RunConfig, metrics: Mapping[str, Any]) -> list[NextRun]:
+    """What to change after a finished run, from the figures in its `metrics.json`, most telling first.
+
+    Empty where the acceptance prompts were passed, or nothing speaks against the run. Never raises for odd values.
+    """
+    share = _number(metrics.get("suite_pass_share"))
+    failed = share is not None and share < GOOD_SHARE
+    if share is not None and not failed:
+        return []
+    losses = _curve(metrics.get("eval_loss_curve")) or _curve(metrics.get("train_loss_curve"))
+    found = [*_by_curve(config, losses)]
+    if failed:
+        found += _by_suite(config, metrics, share or 0.0)
+    kept: dict[str, NextRun] = {}
+    for item in found:
+        kept.setdefault(item.text, item)
+    return list(kept.values())
+
+
+def _by_curve(config: RunConfig, losses: list[float]) -> Iterator[NextRun]:
+    if len(losses) < FEWEST_POINTS:
+        return
+    lowest, last, third = min(losses), losses[-1], losses[-max(2, len(losses) // 3) :]
+    if last > RISES * lowest > 0:
+        yield _half_rate(config, f"The loss rose again, from {lowest:.3f} to {last:.3f}: the rate is too high.")
+    elif lowest > 0 and max(third) - min(third) < STANDS * lowest:
+        yield NextRun(
+            "Take other or more data; further steps on these will hardly help.",
+            f"The loss stands still: {third[0]:.3f} to {last:.3f} over the last third. The run may simply be done.",
+        )
+
+
+def _by_suite(config: RunConfig, metrics: Mapping[str, Any], share: float) -> Iterator[NextRun]:
+    failed = f"{100 * share:.0f} % of the acceptance prompts were passed"
+    yield _half_rate(config, f"{failed}.")
+    steps = int(_number(metrics.get("steps")) or 0)
+    if 0 < steps < MOST_STEPS:
+        more = min(2 * steps, MOST_STEPS)
+        yield NextRun(
+            f"Train {more:,} steps instead of {steps:,}.",
+            f"{failed}; the document goes up to {MOST_STEPS:,} steps. Early stopping ends a run that gets worse.",
+            {"training.max_steps": more},
+        )
+    yield NextRun(
+        "Take other data: answers of the kind the prompts ask for.",
+        f"{failed}: what is not in the data cannot be learned from it.",
+    )
+
+
+def _half_rate(config: RunConfig, reason: str) -> NextRun:
+    rate = resolve_on(config, "cpu", bf16=False).learning_rate / 2  # the same on every device
+    return NextRun(f"Halve the learning rate, to {rate:g}.", reason, {"training.learning_rate": rate})
+
+
+def _curve(value: Any) -> list[float]:
+    """The finite losses of a curve; [] for anything else."""
+    points = value if isinstance(value, list) else []
+    found = [_number(point.get("loss")) for point in points if isinstance(point, Mapping)]
+    return [loss for loss in found if loss is not None]
+
+
+def _number(value: Any) -> float | None:
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None

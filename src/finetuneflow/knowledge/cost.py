@@ -29,9 +29,11 @@ from finetuneflow.knowledge.facts import (
     cpu_device,
 )
 from finetuneflow.knowledge.flops import Flops, Traffic, flops_per_token, traffic
+from finetuneflow.knowledge.memory import drawn_at_once
 from finetuneflow.knowledge.memory_phases import weight_bytes
+from finetuneflow.knowledge.objectives import Passes, passes_of, traits_of
 from finetuneflow.knowledge.resolve import Resolved, resolve
-from finetuneflow.knowledge.shapes.shape import ModelShape
+from finetuneflow.knowledge.shapes.shape import ModelShape, kv_cache_bytes
 from finetuneflow.knowledge.steps import Steps, mean_width, row_lengths, steps_of
 from finetuneflow.knowledge.values import DataFacts, Device, Machine
 
@@ -191,7 +193,7 @@ def estimate_cost(
     return Cost(
         steps=counts,
         tokens=counts.tokens_seen,
-        flops=flops.total * counts.padded_tokens,
+        flops=_operations(load),
         seconds=Seconds(low, total, high),
         parts={name: value for name, value in expected.items() if value},
         efficiency=efficiency.expected,
@@ -204,6 +206,7 @@ def estimate_cost(
         notes=(
             *counts.notes,
             *notes,
+            *_drawing_notes(config),
             *_run_notes(config, machine, counts),
             f"Energy: {_watts(device, resolved):,.0f} W per device, times {pue:g} for the building"
             + (" (an average data centre)." if pue != PUE_OWN else " (none assumed for this machine)."),
@@ -230,6 +233,15 @@ def _given(share: float) -> Efficiency:
             "CONFIG_INVALID_VALUE", f"{share!r:.40} is no share of a device's rate.", remedy="Give a number above 0, at most 1."
         )
     return Efficiency(share * (1 - SPREAD_OF_ONE), share, min(share * (1 + SPREAD_OF_ONE), 1.0), 0, "given")
+
+
+def _drawing_notes(config: RunConfig) -> list[str]:
+    if not traits_of(config).draws:
+        return []
+    return [
+        "Drawing answers is reckoned token by token from the weights' bytes, the memory's speed and the calls of each layer: a rough "
+        "figure. What a reward function takes is not in the time."
+    ]
 
 
 def _run_notes(config: RunConfig, machine: Machine, counts: Steps) -> list[str]:
@@ -272,6 +284,10 @@ class _Load:
         return (self.device.bandwidth or UNKNOWN_BANDWIDTH) * BANDWIDTH_SHARE[self.kind]
 
     @property
+    def passes(self) -> Passes:
+        return passes_of(self.config)
+
+    @property
     def micro_batch_tokens(self) -> float:
         """Padded tokens of a device's mean micro-batch."""
         return self.counts.padded_tokens / max(self.counts.micro_batches * self.devices, 1)
@@ -281,17 +297,21 @@ def _seconds(load: _Load, data: DataFacts, efficiency: float, launch: float) -> 
     """Seconds of the whole run by what they go into."""
     training = load.config.training
     per_micro_batch = max(_micro_batch(load, efficiency, launch).values()) + load.traffic.unpacking / load.bandwidth
+    per_micro_batch *= load.passes.trained
     hidden = per_micro_batch * HIDDEN_SHARE  # the exchange begins while the last backward pass still runs
-    per_step = STEP_SECONDS * launch + load.traffic.per_step / load.bandwidth + max(_exchange(load) - hidden, 0.0)
+    per_update = STEP_SECONDS * launch + load.traffic.per_step / load.bandwidth + max(_exchange(load) - hidden, 0.0)
+    per_step = per_update * _updates_per_step(load.config)
+    per_micro_batch += load.passes.forward * _forward_pass(load, load.micro_batch_tokens, efficiency, launch)
     evaluations = math.ceil(load.counts.steps / training.eval_steps)
     saves = math.ceil(load.counts.steps / training.save_steps) + (evaluations / 2 if training.load_best else 0)
     examples = _eval_examples(load.config, data)
     state = 4 * load.traffic.trainable * 3  # weights and two moments
     return {
         "training": load.counts.micro_batches * per_micro_batch + load.counts.steps * per_step,
+        "drawing": _drawing(load, load.counts.examples_seen / load.devices, efficiency, launch),
         "evaluation": evaluations * _evaluation(load, data, examples, efficiency, launch) if examples else 0.0,
         "checkpoints": saves * state / DISK_BYTES_PER_SECOND if load.counts.steps else 0.0,
-        "answers": _answers(load, launch) if examples and training.objective == "sft" else 0.0,
+        "answers": _answers(load, launch) if examples and training.objective not in ("pretrain", "reward") else 0.0,
         "start": START_SECONDS * launch
         + sum(weight_bytes(load.shape, load.resolved.storage_dtype).values()) / DISK_BYTES_PER_SECOND,
     }
@@ -308,6 +328,48 @@ def _micro_batch(load: _Load, efficiency: float, launch: float) -> dict[str, flo
         "memory": (load.traffic.per_micro_batch + tokens * load.traffic.per_token) / load.bandwidth,
         "launching": load.shape.layers * LAYER_SECONDS * factor * launch,
     }
+
+
+def _operations(load: _Load) -> float:
+    """Operations of training, drawn answers included: the passes without gradients beside those with, and a pass per drawn token."""
+    passes, tokens = load.passes, load.counts.padded_tokens
+    drawn = 1.0 if traits_of(load.config).draws else 0.0
+    return (load.flops.total * passes.trained + load.flops.forward * (passes.forward + drawn)) * tokens
+
+
+def _updates_per_step(config: RunConfig) -> float:
+    """Optimizer updates in a step as it is counted: ppo's has several passes over minibatches."""
+    if config.training.objective != "ppo":
+        return 1.0
+    drawn = config.reinforcement
+    return drawn.update_epochs * math.ceil(drawn.rollout_size / config.training.effective_batch)
+
+
+def _forward_pass(load: _Load, tokens: float, efficiency: float, launch: float) -> float:
+    """Seconds of a micro-batch without gradients."""
+    factor = LAYER_FACTORS.get(load.config.method.kind, 1.0) * FORWARD_SHARE
+    operations = tokens * load.flops.forward / (load.rate * efficiency)
+    return max(operations, load.shape.layers * LAYER_SECONDS * factor * launch) + load.traffic.unpacking / load.bandwidth / 2
+
+
+def _drawing(load: _Load, answers: float, efficiency: float, launch: float) -> float:
+    """Seconds to draw so many answers at full length: their prompts in one pass, then token by token all weights and all keys and
+    values once (Pope et al. 2022, arXiv:2211.05102, section 2), some sequences together."""
+    config, shape = load.config, load.shape
+    if not traits_of(config).draws or not answers:
+        return 0.0
+    together = min(float(drawn_at_once(config)), answers)
+    new_tokens, width = config.reinforcement.max_new_tokens, load.counts.row_width
+    quantize = "nf4" if config.method.kind == "qlora" else None
+    weights = sum(weight_bytes(shape, load.resolved.storage_dtype, quantize=quantize).values()) + load.traffic.unpacking / 2
+    cache = together * kv_cache_bytes(shape, round(width - new_tokens / 2), 2.0)
+    per_token = max(
+        shape.layers * GENERATION_SECONDS * launch,
+        (weights + cache) / load.bandwidth,
+        together * load.flops.forward / (load.rate * efficiency),
+    )
+    prompts = _forward_pass(load, together * (width - new_tokens), efficiency, launch)
+    return answers / together * (prompts + new_tokens * per_token)
 
 
 def _bound(load: _Load, efficiency: float) -> str:
@@ -331,11 +393,13 @@ def _evaluation(load: _Load, data: DataFacts, examples: int, efficiency: float, 
     batch = load.config.training.eval_batch_size
     rows = examples * rows_per_example / load.devices
     width = mean_width(lengths, min(batch, max(round(rows), 1)))
-    operations = rows * width * load.flops.forward / (load.rate * efficiency)
-    passes = math.ceil(rows / batch)
-    factor = LAYER_FACTORS.get(load.config.method.kind, 1.0) * FORWARD_SHARE
-    unpacking = passes * load.traffic.unpacking / load.bandwidth / 2
-    return max(operations, passes * load.shape.layers * LAYER_SECONDS * factor * launch) + unpacking
+    traits, passes = traits_of(load.config), math.ceil(rows / batch)
+    drawn = load.config.reinforcement.max_new_tokens if traits.draws else 0
+    forwards = 1.0 + min(load.passes.forward, 3.0)  # the policy, and what a step asks besides
+    tokens = rows * (width + drawn) * traits.sides
+    return passes * forwards * _forward_pass(load, tokens / max(passes, 1), efficiency, launch) + _drawing(
+        load, rows, efficiency, launch
+    )
 
 
 def _answers(load: _Load, launch: float) -> float:

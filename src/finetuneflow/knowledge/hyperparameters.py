@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetuneflow.config import RunConfig
+from finetuneflow.knowledge.resolve import objective_rate
 from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.values import DataFacts
 
@@ -43,8 +44,11 @@ OTHER_RATES = {
 }
 
 
-def learning_rate(kind: str, num_parameters: int) -> Chosen:
-    """Peak rate for a method and a model size."""
+def learning_rate(kind: str, num_parameters: int, objective: str = "sft") -> Chosen:
+    """Peak rate for a method, a model size and an objective."""
+    own = objective_rate(objective, kind)
+    if own is not None:
+        return Chosen(own[0], f"{own[1][0].upper()}{own[1][1:]}.")
     if kind in OTHER_RATES:
         return OTHER_RATES[kind]
     rates = FULL_RATES if kind == "full" else ADAPTER_RATES
@@ -107,8 +111,12 @@ FEW, MANY = 1_000, 100_000
 LEAST_WARMUP, MOST_WARMUP = 10, 2_000
 
 
-def epochs(data: DataFacts | None) -> Chosen:
-    """Passes over the data: 2 to 5 by the documented rule of thumb, more for less data."""
+def epochs(data: DataFacts | None, objective: str = "sft") -> Chosen:
+    """Passes over the data: 2 to 5 by the documented rule of thumb, more for less data; one where preferences are learned."""
+    if objective not in ("sft", "pretrain"):
+        return Chosen(
+            1.0, "Preferences and rewards are learned in one pass; a second one overfits (Llama 2, section 3.2.2; DPO)."
+        )
     if data is None:
         return Chosen(3.0, "The documented default; the size of the data is not known.")
     if data.examples < FEW:

@@ -19,7 +19,7 @@ from typing import Any
 
 from finetuneflow.config import settings
 from finetuneflow.errors import ConfigError
-from finetuneflow.knowledge.rules import adapter, data, hardware, model, rate, steps
+from finetuneflow.knowledge.rules import adapter, data, hardware, model, preference, rate, reinforcement, steps
 from finetuneflow.knowledge.situation import LEVELS, Finding, Level, Rule, Situation, completed
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "skipped",
 ]
 
-_TOPICS = (data, model, adapter, rate, steps, hardware)
+_TOPICS = (data, model, adapter, rate, preference, reinforcement, steps, hardware)
 RULES: dict[str, Rule] = {rule.code: rule for topic in _TOPICS for rule in vars(topic).values() if isinstance(rule, Rule)}
 ROUNDS = 2 * len(RULES)  # one fix can make room for another; more would be two rules that contradict each other
 

@@ -1,6 +1,6 @@
 """How much memory a run will need, part by part, before anything is loaded.
 
-    estimate            training: the highest of its phases (loading, training step, optimizer step, evaluation)
+    estimate            training: the highest of its phases (loading, training step, optimizer step, evaluation, generation)
     estimate_inference  generation: weights and the KV cache
 
 All figures are bytes. Weights, adapters, gradients and optimizer states are counted; activations are counted by the rules of
@@ -19,6 +19,7 @@ from typing import Any, Literal
 from finetuneflow.config import RunConfig
 from finetuneflow.knowledge import memory_phases
 from finetuneflow.knowledge.activations import TYPE_BYTES
+from finetuneflow.knowledge.memory_heads import drawing_copies
 from finetuneflow.knowledge.memory_phases import (
     COLLATOR_MULTIPLE,
     CPU_PROCESS,
@@ -31,6 +32,7 @@ from finetuneflow.knowledge.memory_phases import (
     parts_of,
     weight_bytes,
 )
+from finetuneflow.knowledge.objectives import reference_of, reward_models, traits_of
 from finetuneflow.knowledge.resolve import Resolved, resolve
 from finetuneflow.knowledge.shapes.shape import ModelShape, kv_cache_bytes
 from finetuneflow.knowledge.values import DataFacts, Machine
@@ -41,6 +43,7 @@ Verdict = Literal["fits", "tight", "no"]
 # per cent; main memory is shared with the system and its file cache.
 USABLE = {"cuda": 0.95, "cpu": 0.90}
 COMFORTABLE = 0.85  # of the usable share: above it the verdict is "tight"
+DRAWN_TOGETHER = 4  # micro-batches of prompts that `training/ppo.py` answers at once; a test compares
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,32 +153,59 @@ def _verdict(total: int, usable: int, paged: int) -> Verdict:
 
 
 def workload_of(config: RunConfig, data: DataFacts | None = None) -> Workload:
-    """The widest micro-batch: rows of `max_length`, or of the longest example where all are shorter."""
-    limit = config.data.max_length
+    """The widest micro-batch: rows of `max_length`, or of the longest example where all are shorter, and drawn answers behind
+    the longest prompt."""
+    limit, traits = config.data.max_length, traits_of(config)
     notes = []
     longest = data.length_percentiles[-1] if data is not None and data.length_percentiles else None
     if longest is not None and longest < limit and longest > 0:
         notes.append(f"The longest example has {longest:,} tokens: data.max_length {limit:,} is never reached.")
     tokens = min(limit, longest) if longest else limit
-    width = -(-tokens // COLLATOR_MULTIPLE) * COLLATOR_MULTIPLE
-    batch = config.training.batch_size
-    if data is not None and 0 < data.examples < batch:
+    drawn_tokens = config.reinforcement.max_new_tokens if traits.draws else 0
+    width = -(-tokens // COLLATOR_MULTIPLE) * COLLATOR_MULTIPLE + drawn_tokens
+    batch, eval_batch = config.training.batch_size, config.training.eval_batch_size
+    if data is not None and 0 < data.examples < batch and not traits.draws:
         batch = data.examples
-    everything = config.training.objective == "pretrain" or config.data.supervise == "all"
-    share = 1.0 if everything or data is None or data.supervised_share is None else data.supervised_share
     evaluates = bool(config.data.eval) or config.data.eval_fraction > 0
     return Workload(
-        batch=batch,
+        batch=batch * traits.sides,
         tokens=width,
-        eval_batch=config.training.eval_batch_size if evaluates else 0,
+        eval_batch=eval_batch * traits.sides if evaluates else 0,
         eval_tokens=width,
-        supervised=min(max(share, 0.0), 1.0) if math.isfinite(share) else 1.0,
+        supervised=drawn_tokens / width if traits.draws else _supervised(config, data),
+        drawn=drawn_at_once(config, eval_batch if evaluates else 0),
+        new_tokens=drawn_tokens,
         notes=tuple(notes),
     )
 
 
+def _supervised(config: RunConfig, data: DataFacts | None) -> float:
+    """Share of the tokens that are in the loss."""
+    everything = config.training.objective == "pretrain" or config.data.supervise == "all"
+    if (everything and traits_of(config).form == "supervised") or data is None or data.supervised_share is None:
+        return 1.0
+    share = data.supervised_share
+    return min(max(share, 0.0), 1.0) if math.isfinite(share) else 1.0
+
+
+def drawn_at_once(config: RunConfig, eval_batch: int = 0) -> int:
+    """Sequences whose answers are drawn together: those of a whole optimizer step (grpo, rloo; TRL generates for a step at once),
+    or of some micro-batches of an update (ppo)."""
+    training, family = config.training, traits_of(config).family
+    if family == "group":
+        return max(training.effective_batch, eval_batch)
+    if family != "ppo":
+        return 0
+    together = DRAWN_TOGETHER * training.batch_size
+    return together if eval_batch else min(together, config.reinforcement.rollout_size)
+
+
 def _notes(parts: Parts, correction: float, strategy: Strategy, machine: Machine) -> list[str]:
     notes = []
+    if parts.config.training.objective == "dpo" and reference_of(parts.config) == "model":
+        notes.append("A frozen copy of the whole model is the reference; an adapter needs none.")
+    if reward_models(parts.config):
+        notes.append("A reward model with a base of its own is taken to be as large as this one.")
     if parts.shape.certainty == "typical":
         notes.append("The shape is a typical one of this size, not that of a known model.")
     if correction != 1.0:
@@ -216,7 +246,9 @@ def estimate_inference(
     changing = {
         "kv_cache": batch * kv_cache_bytes(shape, prompt_tokens + new_tokens, width),
         "logits": batch * shape.vocab * (width + 4),  # of the last position alone
-        "temporary": batch * prompt_tokens * 3 * widest * width + (largest * width if quantize else 0),
+        "temporary": batch * prompt_tokens * 3 * widest * width
+        + (largest * width if quantize else 0)
+        + drawing_copies(shape.vocab, shape.hidden, batch, width, cuda=device == "cuda"),
     }
     parts = {key: round(value * (correction if key in UNCERTAIN else 1.0)) for key, value in (fixed | changing).items() if value}
     capacity = machine.device.memory_bytes if device != "cpu" else machine.host_memory_bytes

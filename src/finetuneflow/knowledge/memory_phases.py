@@ -1,6 +1,7 @@
 """The parts of a run's memory, and their sums at the moments when a peak can occur.
 
-`memory.py` asks for `phases`: loading, the training step, the optimizer step, evaluation; each a mapping from part to bytes.
+`memory.py` asks for `phases`: loading, the training step, the optimizer step, evaluation, and drawing answers where the
+objective does; each a mapping from part to bytes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Literal
 from finetuneflow.config import Method, RunConfig
 from finetuneflow.knowledge import activations
 from finetuneflow.knowledge.activations import TYPE_BYTES, Attention, Pass
+from finetuneflow.knowledge.memory_heads import Tiles, answer_bytes, drawing_copies, logit_bytes, tile_bytes
+from finetuneflow.knowledge.objectives import Traits, reference_of, reward_models, traits_of
 from finetuneflow.knowledge.resolve import Resolved
-from finetuneflow.knowledge.shapes.shape import Linear, ModelShape
+from finetuneflow.knowledge.shapes.shape import Linear, ModelShape, kv_cache_bytes
 from finetuneflow.knowledge.shapes.targets import target_linears
 
 Strategy = Literal["single", "ddp", "fsdp"]
@@ -49,9 +52,11 @@ COLLATOR_MULTIPLE = 8  # batches are padded to a multiple of this width
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What passes through the model at once. `tokens`: width of the widest micro-batch, padding included.
+    """What passes through the model at once. `batch`: its rows, two for a pair. `tokens`: width of the widest micro-batch,
+    padding included.
 
     `supervised`: share of tokens that enter the loss. `padded`: rows differ in length, so attention needs a mask.
+    `drawn`: sequences that answers are drawn for at once, each of `new_tokens` at most, which `tokens` includes.
     """
 
     batch: int
@@ -61,6 +66,8 @@ class Workload:
     supervised: float = 1.0
     attention: Attention = "sdpa"
     padded: bool = True
+    drawn: int = 0
+    new_tokens: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -153,6 +160,10 @@ class Parts:
     tensors: tuple[Tensors, ...]
 
     @property
+    def traits(self) -> Traits:
+        return traits_of(self.config)
+
+    @property
     def trainable(self) -> int:
         return sum(t.total for t in self.tensors)
 
@@ -167,8 +178,19 @@ class Parts:
 
 def parts_of(shape: ModelShape, config: RunConfig, resolved: Resolved, workload: Workload) -> Parts:
     targets = _targets(shape, config.method)
-    run = _pass(config.method, resolved, targets, workload)
-    return Parts(shape, config, resolved, run, workload, trainable_tensors(shape, config.method, targets))
+    run = _pass(config, resolved, targets, workload)
+    trained = trainable_tensors(shape, config.method, targets)
+    return Parts(shape, config, resolved, run, workload, (*trained, *_heads_of_their_own(shape, config, trained)))
+
+
+def _heads_of_their_own(shape: ModelShape, config: RunConfig, trained: tuple[Tensors, ...]) -> tuple[Tensors, ...]:
+    """What an objective trains beside the policy: a score; for ppo a value, with adapters on an adapter of its own."""
+    head = Tensors(1, shape.hidden, 1)
+    if config.training.objective == "reward":
+        return (head,)
+    if traits_of(config).family == "ppo":
+        return (head,) if config.method.kind == "full" else (head, *trained)
+    return ()
 
 
 def weight_bytes(
@@ -195,10 +217,13 @@ def weight_bytes(
 
 
 def _is_packed(shape: ModelShape, linear: Linear) -> bool:
-    """State-space blocks read some weights directly (models/load.py); fused experts are no linear modules."""
+    """State-space blocks read some weights directly (models/load.py); fused experts are no linear modules.
+
+    A state-space projection that takes no adapter is a linear module all the same, only never called.
+    """
     if shape.model_type in activations.STATE_SPACE and linear.name in ("dt_proj", "out_proj"):
         return False
-    return getattr(linear, "is_linear_module", True)
+    return linear.is_linear_module or linear.part == "state"
 
 
 def _targets(shape: ModelShape, method: Method) -> tuple[Linear, ...]:
@@ -207,8 +232,8 @@ def _targets(shape: ModelShape, method: Method) -> tuple[Linear, ...]:
     return target_linears(shape, method.target_modules, kind=method.kind)
 
 
-def _pass(method: Method, resolved: Resolved, targets: tuple[Linear, ...], workload: Workload) -> Pass:
-    storage = TYPE_BYTES[resolved.storage_dtype]
+def _pass(config: RunConfig, resolved: Resolved, targets: tuple[Linear, ...], workload: Workload) -> Pass:
+    method, storage = config.method, TYPE_BYTES[resolved.storage_dtype]
     return Pass(
         device=resolved.device,
         compute=TYPE_BYTES[resolved.compute_dtype],
@@ -216,7 +241,7 @@ def _pass(method: Method, resolved: Resolved, targets: tuple[Linear, ...], workl
         kind=method.kind,
         targets=targets,
         rank=method.r,
-        dropout=method.dropout > 0,
+        dropout=method.dropout > 0 and traits_of(config).dropout,
         attention=workload.attention,
         padded=workload.padded,
         virtual_tokens=method.num_virtual_tokens if method.kind == "prefix" else 0,
@@ -234,6 +259,7 @@ def phases(parts: Parts, shares: int, strategy: Strategy) -> dict[str, dict[str,
         "training step": fixed | _step(parts, shares, strategy) | {"allocator_slack": _slack(parts)},
         "optimizer step": fixed | _update(parts, shares, strategy),
         "evaluation": fixed | _evaluation(parts),
+        **({"generation": fixed | _generation(parts)} if parts.workload.drawn else {}),
     }
 
 
@@ -249,6 +275,8 @@ def _fixed(parts: Parts, shares: int) -> dict[str, int]:
         quantize="nf4" if method.kind == "qlora" else None,
         double_quantization=method.double_quantization,
     )
+    if parts.traits.head == "score":  # a reward model leaves the output layer out
+        weights["embeddings"] -= parts.shape.head_parameters * TYPE_BYTES[raised]
     ordinary, paged = optimizer_bytes(parts.tensors, parts.resolved.optimizer)
     adapters = 0 if method.kind == "full" else 4 * parts.trainable
     pages = 0
@@ -257,7 +285,23 @@ def _fixed(parts: Parts, shares: int) -> dict[str, int]:
         copied = [t for t in parts.shape.linears if method.kind == "qlora" or t.part == "expert"]
         pages = sum(t.num_parameters for t in copied) * TYPE_BYTES[storage]
     sharded = {**weights, "adapters": adapters, "optimizer": ordinary, "optimizer_paged": paged, "file_pages": pages}
+    sharded |= _beside(parts, sum(weights.values()))
     return {key: -(-value // shares) for key, value in sharded.items()} | {"runtime": _runtime(parts)}
+
+
+def _beside(parts: Parts, weights: int) -> dict[str, int]:
+    """Frozen weights beside those that are trained: the reference, and a reward model.
+
+    A reward adapter on the policy's own base is put beside the policy's (ppo); any other reward model brings its base, which
+    is taken to be like this one.
+    """
+    frozen = {"none": 0, "base": 0, "adapter": 4 * parts.trainable, "model": weights}[reference_of(parts.config)]
+    count = reward_models(parts.config)
+    shared = parts.traits.family == "ppo" and parts.run.kind in ("lora", "qlora", "dora")
+    own = count - 1 if shared and count else count
+    on_device = own if parts.resolved.device == "cpu" or parts.traits.family == "ppo" else 0  # grpo and rloo score on the CPU
+    rewards = on_device * weights + (2 * parts.trainable if shared and count else 0)  # half of what is trained is the policy's
+    return {"reference": frozen, "reward_model": rewards}
 
 
 def _runtime(parts: Parts) -> int:
@@ -270,7 +314,7 @@ def _runtime(parts: Parts) -> int:
 def _loading(parts: Parts, fixed: dict[str, int]) -> dict[str, int]:
     """Weights are read tensor by tensor; quantising has one layer in 16 bits beside the packed ones. On a CPU the mapped file is
     resident beside the fp32 weights that are made from it (files hold 16 bits as a rule)."""
-    kept = ("weights", "embeddings", "quantization_constants", "adapters", "file_pages", "runtime")
+    kept = ("weights", "embeddings", "quantization_constants", "adapters", "file_pages", "reference", "runtime")
     largest = max((t.inputs * t.outputs for t in parts.shape.linears), default=0)
     temporary = largest * TYPE_BYTES[parts.resolved.storage_dtype] if parts.run.kind == "qlora" else 0
     if parts.resolved.device == "cpu" and parts.resolved.storage_dtype == "float32":
@@ -285,12 +329,12 @@ def _step(parts: Parts, shares: int, strategy: Strategy) -> dict[str, int]:
     copies = 0 if strategy == "fsdp" else cast_copies(parts)  # FSDP gathers weights in the compute type
     head = activations.head_input_bytes(shape, run, parts.num_tokens)
     transient = layer_temporaries(parts)
-    logits = logit_bytes(parts.shape.vocab, parts.num_tokens, round(parts.num_tokens * work.supervised), autocast=run.autocast)
+    logits = head_bytes(parts, training=True)
     gradients = 4 * parts.trainable // shares
     accumulated = gradients if parts.config.training.gradient_accumulation > 1 else 0
     gathered = _gathered(parts, strategy)
     buckets = gradients if strategy == "ddp" else 0  # the reducer's buckets are a second copy (gradient_as_bucket_view is off)
-    head_gradient = 6 * shape.vocab * shape.hidden if run.full else 0
+    head_gradient = 6 * shape.vocab * shape.hidden if run.full and parts.traits.head != "score" else 0
     if parts.resolved.gradient_checkpointing:
         inputs = activations.checkpoint_bytes(shape, run, parts.num_tokens) + head
         layer = every_layer // max(shape.layers, 1)
@@ -313,16 +357,18 @@ def _step(parts: Parts, shares: int, strategy: Strategy) -> dict[str, int]:
     return highest
 
 
-def logit_bytes(vocab: int, num_tokens: int, supervised: int, *, autocast: bool, training: bool = True) -> int:
-    """The highest moment of the loss (training/trainer.py, `supervised_loss`).
-
-    Logits of all positions leave the model in fp32 (accelerate casts what autocast returns, both types alive for a moment).
-    Of the supervised positions there are a copy and their log-softmax; backwards, the log-softmax with two gradients, then
-    the gradient of all positions twice (of the choice of rows, and of dropping the last position).
-    """
-    full, chosen = 4 * num_tokens * vocab, 4 * supervised * vocab
-    forward = max(full + 2 * chosen, full * 3 // 2 if autocast else full)
-    return max(forward, 3 * chosen, 2 * full) if training and supervised else forward
+def head_bytes(parts: Parts, *, training: bool) -> int:
+    """What the objective makes of the last hidden states, at the worst moment."""
+    shape, run, work, kind = parts.shape, parts.run, parts.workload, parts.traits.head
+    scored = round(parts.num_tokens * work.supervised)
+    if kind == "logits":
+        return logit_bytes(shape.vocab, parts.num_tokens, scored, autocast=run.autocast, training=training)
+    if kind == "tiles":
+        tiles = Tiles(shape.vocab, shape.hidden, parts.num_tokens, scored, run.compute, run.device == "cuda")
+        return tile_bytes(tiles, training=training)
+    if kind == "answers":
+        return answer_bytes(shape.vocab, work.batch * work.new_tokens, run.compute, training=training)
+    return 0
 
 
 def cast_copies(parts: Parts) -> int:
@@ -335,7 +381,8 @@ def cast_copies(parts: Parts) -> int:
         return 0
     linears = sum(t.num_parameters for t in shape.linears if t.part != "expert")
     if run.full or parts.resolved.storage_dtype == "float32":
-        return run.compute * (linears + shape.vocab * shape.hidden)
+        head = shape.vocab * shape.hidden if parts.traits.head in ("logits", "answers") else 0  # tiles cast what they need
+        return run.compute * (linears + head)
     copies = run.compute * parts.trainable
     # PEFT adds the change of a fused expert tensor to the tensor itself: the sum is a second copy.
     copies += run.compute * sum(t.num_parameters for t in run.targets if t.part == "expert")
@@ -390,12 +437,31 @@ def _evaluation(parts: Parts) -> dict[str, int]:
     num_tokens = work.eval_batch * work.eval_tokens
     if not num_tokens:
         return {}
-    logits = logit_bytes(
-        parts.shape.vocab, num_tokens, round(num_tokens * work.supervised), autocast=parts.run.autocast, training=False
-    )
     forward = replace(parts, workload=replace(work, batch=work.eval_batch, tokens=work.eval_tokens))
+    logits = head_bytes(forward, training=False)
     copies = cast_copies(parts) if parts.run.full else 0
     return {"logits": logits, "temporary": copies + layer_temporaries(forward) * (1 if not logits else 0)}
+
+
+def _generation(parts: Parts) -> dict[str, int]:
+    """Drawing answers: keys and values of all sequences at full length, and of the last position the logits in both types with
+    three fp32 copies that sampling takes. Prompts pass at once.
+
+    On a CPU what a training step held is still there: glibc keeps it, and blocks of another size cannot use it.
+    """
+    shape, run, work = parts.shape, parts.run, parts.workload
+    prompts = replace(parts, workload=replace(work, batch=work.drawn, tokens=work.tokens - work.new_tokens))
+    copies = cast_copies(parts) if run.full else 0
+    copies += drawing_copies(shape.vocab, shape.hidden, work.drawn, run.compute, cuda=run.device == "cuda")
+    held = 0
+    if run.device == "cpu" and not parts.resolved.gradient_checkpointing:
+        held = activations.kept_bytes(shape, run, work.batch, work.tokens) + _slack(parts)
+    return {
+        "kv_cache": work.drawn * kv_cache_bytes(shape, work.tokens, run.compute),
+        "logits": work.drawn * shape.vocab * (run.compute + 16),
+        "temporary": copies + layer_temporaries(prompts),
+        "allocator_slack": held,
+    }
 
 
 def host_bytes(parts: Parts) -> int:

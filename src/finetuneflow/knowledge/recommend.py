@@ -31,6 +31,7 @@ from finetuneflow.knowledge.decision_matrix import (
 from finetuneflow.knowledge.hyperparameters import QUALITY, Quality
 from finetuneflow.knowledge.memory import Estimate, estimate
 from finetuneflow.knowledge.memory_phases import Strategy
+from finetuneflow.knowledge.objectives import least_batch, rows_per_step
 from finetuneflow.knowledge.plan import Option, Plan, to_run_config
 from finetuneflow.knowledge.reasons import solved_settings
 from finetuneflow.knowledge.resolve import resolve
@@ -213,10 +214,13 @@ def _grid(asked: Asked, variant: Variant, strategies: Sequence[Strategy]) -> Gri
         allowed = [o for o in OPTIMIZERS["cuda" if gpu else "cpu"] if machine.bitsandbytes or "8bit" not in o]
         optimizers = tuple(o for o in allowed if variant.optimizers is None or o in variant.optimizers)
     fixed = {"auto": (False, True), "on": (True,), "off": (False,)}
+    least = least_batch(asked.config)
     return Grid(
+        least_batch=least,
         lengths=lengths(asked.wanted_length, asked.config.data.max_length),
         per_device={
-            s: per_device_examples(training.effective_batch, 1 if s == "single" else machine.device_count) for s in strategies
+            s: max(per_device_examples(training.effective_batch, 1 if s == "single" else machine.device_count), least)
+            for s in strategies
         },
         checkpointing=fixed[training.gradient_checkpointing],
         optimizers=optimizers,
@@ -269,7 +273,7 @@ class _Judge:
 
 
 def _option(asked: Asked, variant: Variant, strategies: Sequence[Strategy]) -> Option:
-    chosen = chosen_settings(asked, variant, asked.config.training.effective_batch)
+    chosen = chosen_settings(asked, variant, rows_per_step(asked.config))
     judge = _Judge(asked, with_settings(asked.config, values_of(chosen)))
     grid = _grid(asked, variant, strategies)
     found = search(grid, judge.memory, judge.seconds)

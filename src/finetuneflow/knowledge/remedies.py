@@ -17,6 +17,8 @@ from finetuneflow.config import RunConfig
 from finetuneflow.errors import FineTuneFlowError
 from finetuneflow.knowledge.criteria import ADAPTER_RATES, RATES, rate_text
 from finetuneflow.knowledge.memory import Estimate
+from finetuneflow.knowledge.objectives import least_batch, traits_of
+from finetuneflow.knowledge.resolve import objective_rate
 from finetuneflow.knowledge.values import GB, Machine
 
 WhatIf = Callable[[dict[str, Any]], int]
@@ -25,6 +27,7 @@ USABLE = 0.95  # share of a device's memory that a run can fill: the rest is los
 CONTEXT_BYTES = 1_500_000_000  # what a process holds on a card besides tensors, generously; more belongs to somebody else
 SHORTEST = 256  # tokens; a lower limit would cut most answers
 SMALL_RANK = 8
+SHORTEST_ANSWER = 32  # drawn tokens; below, hardly anything can be said
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +266,9 @@ def _changes(
             "Evaluate {eval_batch_size} example(s) at a time: evaluation is where the peak is.",
             [{"training.eval_batch_size": 1}],
         )
-    if batches := _smaller_batches(training.batch_size, training.effective_batch):
+    if estimate is not None and estimate.phase == "generation":
+        yield from _less_drawn(config)
+    if batches := _smaller_batches(training.batch_size, training.effective_batch, least_batch(config)):
         yield "Smaller micro-batch at the same effective batch: the same result, a little slower.", batches
     if training.gradient_checkpointing == "off" or (training.gradient_checkpointing == "auto" and device == "cpu"):
         yield (
@@ -284,7 +289,8 @@ def _changes(
     if method.kind in ("lora", "dora") and quantizes:
         yield "Load the base in 4 bits (QLoRA): slower steps, slightly lower quality.", [{"method.kind": "qlora"}]
     if method.kind == "full":
-        rates = {kind: ADAPTER_RATES[kind][0][0] for kind in ("lora", "qlora")}
+        own = objective_rate(training.objective, "lora")
+        rates = {kind: own[0] if own else ADAPTER_RATES[kind][0][0] for kind in ("lora", "qlora")}
         kinds = ("lora", "qlora") if quantizes else ("lora",)
         options = [{"method.kind": kind, "training.learning_rate": rates[kind]} for kind in kinds]
         yield "Train an adapter instead of all weights ({kind}), at an adapter's learning rate.", options
@@ -293,9 +299,26 @@ def _changes(
         yield "Lower rank: the adapter learns less.", [smaller]
 
 
-def _smaller_batches(batch: int, effective: int) -> list[dict[str, Any]]:
+def _less_drawn(config: RunConfig) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Where the peak is in drawing answers: fewer at once (whole groups), or shorter ones."""
+    training, drawn = config.training, config.reinforcement
+    fewer = [
+        {"training.gradient_accumulation": n}
+        for n in range(training.gradient_accumulation - 1, 0, -1)
+        if training.batch_size * n % drawn.samples_per_prompt == 0
+    ]
+    if traits_of(config).family == "group" and fewer:
+        yield "Draw fewer answers in a step ({gradient_accumulation} micro-batches): a noisier step.", fewer
+    if drawn.max_new_tokens > SHORTEST_ANSWER:
+        yield (
+            "Shorter answers, at most {max_new_tokens} tokens: longer ones are cut off.",
+            [{"reinforcement.max_new_tokens": max(drawn.max_new_tokens // 2, SHORTEST_ANSWER)}],
+        )
+
+
+def _smaller_batches(batch: int, effective: int, least: int = 1) -> list[dict[str, Any]]:
     """Micro-batches below `batch` that divide the effective batch, largest first."""
-    sizes = [size for size in range(batch - 1, 0, -1) if effective % size == 0]
+    sizes = [size for size in range(batch - 1, least - 1, -1) if effective % size == 0]
     return [{"training.batch_size": size, "training.gradient_accumulation": effective // size} for size in sizes]
 
 

@@ -9,12 +9,33 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from finetuneflow.config import RunConfig
+from finetuneflow.config import RunConfig, Training
 from finetuneflow.knowledge.values import Machine
 
 # Learning rates that suit adapters wreck full fine-tuning. The documented rule: from 2e-4 on, 2e-5 is used instead.
 ADAPTER_SIZED_RATE = 2e-4
 FULL_RATE = 2e-5
+
+# Rates of the other objectives: (full fine-tuning, low-rank adapters, whose). The run file's default, `DEFAULT_RATE`, suits
+# supervised adapters alone and counts as not chosen here.
+DEFAULT_RATE = float(Training.model_fields["learning_rate"].default)
+_FIELD = "adapters take ten times that, as in the alignment handbook's DPO recipes (5e-6)"
+_REWARDS = "TRL's default for GRPO and RLOO; the Llama 2 report used it for PPO; adapters take ten times that"
+OBJECTIVE_RATES: dict[str, tuple[float, float, str]] = {
+    "dpo": (5e-7, 5e-6, f"5e-7 is the documented rate of DPO (Rafailov et al. 2023, their code); {_FIELD}"),
+    "kto": (5e-7, 5e-6, f"5e-7 as for DPO (Ethayarajh et al. 2024); {_FIELD}"),
+    "cpo": (5e-7, 5e-6, f"as for DPO, which it approximates; {_FIELD}"),
+    "simpo": (5e-7, 5e-6, f"SimPO's authors used 3e-7 to 1e-6 (Meng et al. 2024); {_FIELD}"),
+    "orpo": (8e-6, 2e-5, "8e-6 is the rate of the ORPO paper (Hong et al. 2024), which has no reference to drift from"),
+    "reward": (
+        1e-5,
+        1e-4,
+        "Llama 2's reward models used 5e-6 to 1e-5 (arXiv:2307.09288, section 3.2.2); adapters take ten times that",
+    ),
+    "grpo": (1e-6, 1e-5, _REWARDS),
+    "rloo": (1e-6, 1e-5, _REWARDS),
+    "ppo": (1e-6, 1e-5, _REWARDS),
+}
 
 TYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -46,14 +67,17 @@ class Resolved:
         return asdict(self)
 
 
-def resolve(config: RunConfig, machine: Machine) -> Resolved:
+def resolve(config: RunConfig, machine: Machine, *, fresh: bool = False) -> Resolved:
     """`resolve_on` for a described machine. A GPU the engine does not drive (Apple's) counts as its processor."""
     device: Literal["cuda", "cpu"] = "cuda" if machine.kind in ("cuda", "rocm") and config.training.device != "cpu" else "cpu"
-    return resolve_on(config, device, bf16=bool(machine.device.bf16))
+    return resolve_on(config, device, bf16=bool(machine.device.bf16), fresh=fresh)
 
 
-def resolve_on(config: RunConfig, device: Literal["cuda", "cpu"], *, bf16: bool) -> Resolved:
-    """Decide everything that depends on the hardware. `bf16`: whether the device has units of its own for bfloat16."""
+def resolve_on(config: RunConfig, device: Literal["cuda", "cpu"], *, bf16: bool, fresh: bool = False) -> Resolved:
+    """Decide everything that depends on the hardware. `bf16`: whether the device has units of its own for bfloat16.
+
+    `fresh`: the base has random weights, so that no learning rate can make it forget.
+    """
     decisions: list[Decision] = []
     compute = _choose_precision(config, device, bf16, decisions)
     return Resolved(
@@ -62,7 +86,7 @@ def resolve_on(config: RunConfig, device: Literal["cuda", "cpu"], *, bf16: bool)
         storage_dtype=_choose_storage(config, compute, decisions),
         optimizer=_choose_optimizer(config, device, decisions),
         gradient_checkpointing=_choose_checkpointing(config, device, decisions),
-        learning_rate=_choose_rate(config, decisions),
+        learning_rate=_choose_rate(config, decisions, fresh=fresh),
         decisions=tuple(decisions),
     )
 
@@ -143,17 +167,37 @@ def _choose_checkpointing(config: RunConfig, device: str, decisions: list[Decisi
     return device == "cuda"
 
 
-def _choose_rate(config: RunConfig, decisions: list[Decision]) -> float:
-    rate = config.training.learning_rate
-    if config.method.kind == "full" and rate >= ADAPTER_SIZED_RATE:
+def objective_rate(objective: str, kind: str) -> tuple[float, str] | None:
+    """(rate, why) for an objective and a method; None where the run file's own default is meant for it."""
+    if objective not in OBJECTIVE_RATES or kind in ("ia3", "prefix"):  # those few parameters need large steps everywhere
+        return None
+    full, adapter, why = OBJECTIVE_RATES[objective]
+    return (full if kind == "full" else adapter), why
+
+
+def _choose_rate(config: RunConfig, decisions: list[Decision], *, fresh: bool) -> float:
+    rate, objective = config.training.learning_rate, config.training.objective
+    own = objective_rate(objective, config.method.kind)
+    if own is not None and rate == DEFAULT_RATE:
         decisions.append(
             Decision(
                 "training.learning_rate",
-                FULL_RATE,
-                f"{rate:g} is a learning rate for adapters; full fine-tuning with it forgets what the model knew, so {FULL_RATE:g} is used.",
+                own[0],
+                f"{DEFAULT_RATE:g}, the default, is a rate for supervised adapters and counts as not chosen; {objective} with "
+                f"{config.method.kind} uses {own[0]:g}: {own[1]}. Any other value is taken as it is.",
+            )
+        )
+        return own[0]
+    if config.method.kind == "full" and rate >= ADAPTER_SIZED_RATE and not fresh:
+        lower = own[0] if own is not None else FULL_RATE
+        decisions.append(
+            Decision(
+                "training.learning_rate",
+                lower,
+                f"{rate:g} is a learning rate for adapters; full fine-tuning with it forgets what the model knew, so {lower:g} is used.",
                 warning="LEARNING_RATE_LOWERED",
                 advice=f"Set training.learning_rate yourself: a value below {ADAPTER_SIZED_RATE:g} is taken as it is.",
             )
         )
-        return FULL_RATE
+        return lower
     return rate

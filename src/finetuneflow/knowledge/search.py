@@ -61,12 +61,14 @@ class Grid:
     per_device: Mapping[Strategy, int]  # examples per optimizer step and device
     checkpointing: tuple[bool, ...]
     optimizers: tuple[str, ...]
+    least_batch: int = 1
 
     def candidates(self, max_length: int) -> list[Candidate]:
         return [
             Candidate(max_length, batch, examples // batch, checkpointing, optimizer, strategy)
             for strategy, examples in self.per_device.items()
             for batch in divisors(examples)
+            if batch >= self.least_batch
             for checkpointing in self.checkpointing
             for optimizer in self.optimizers
         ]
@@ -126,7 +128,9 @@ def search(grid: Grid, memory_of: Callable[[Candidate], Estimate], seconds_of: C
 
 def _least_needed(grid: Grid, length: int, memory_of: Callable[[Candidate], Estimate]) -> tuple[Candidate, Estimate]:
     """The candidate of a length that must keep least on the device: one of those with the smallest micro-batch."""
-    smallest = [c for c in grid.candidates(length) if c.batch == 1]
+    candidates = grid.candidates(length)
+    least = min(candidate.batch for candidate in candidates)
+    smallest = [c for c in candidates if c.batch == least]
     return min(((c, memory_of(c)) for c in smallest), key=lambda pair: (resident(pair[1]), _preference(pair[0], grid)))
 
 
@@ -140,7 +144,8 @@ def _fastest(
 
     Larger micro-batches than one that does not fit are passed over.
     """
-    too_large = {c.memory_line: 1 for c in candidates if c.batch == 1 and memory_of(c).verdict != "fits"}
+    least = min(c.batch for c in candidates)
+    too_large = {c.memory_line: least for c in candidates if c.batch == least and memory_of(c).verdict != "fits"}
     times = {c: seconds_of(c) for c in candidates if c.memory_line not in too_large}
     best: Found | None = None
     limit = math.inf

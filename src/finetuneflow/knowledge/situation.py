@@ -19,6 +19,7 @@ from finetuneflow.errors import FineTuneFlowError
 from finetuneflow.knowledge.memory import Estimate
 from finetuneflow.knowledge.memory import estimate as estimate_memory
 from finetuneflow.knowledge.memory_phases import Strategy
+from finetuneflow.knowledge.objectives import Traits, rows_per_step, traits_of
 from finetuneflow.knowledge.resolve import Resolved, resolve, resolve_on
 from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.shapes.targets import adapter_parameters
@@ -145,6 +146,10 @@ class Situation:
         )
 
     @property
+    def traits(self) -> Traits:
+        return traits_of(self.config)
+
+    @property
     def positions(self) -> int | None:
         """Tokens of context the base model was built for."""
         stated = [facts.max_position for facts in (self.model, self.shape) if facts is not None]
@@ -166,19 +171,29 @@ class Situation:
         return self.config.training.effective_batch * self.devices
 
     @property
+    def rows(self) -> int:
+        """Rows of the data per optimizer step, over all devices: prompts, where several answers to each are drawn."""
+        return rows_per_step(self.config) * self.devices
+
+    @property
     def passes(self) -> float | None:
         """How often each example is seen: the epochs, or what `max_steps` makes of them."""
         training = self.config.training
         if training.max_steps is None:
             return training.epochs
-        return training.max_steps * self.batch / self.data.examples if self.data and self.data.examples else None
+        return training.max_steps * self.rows / self.data.examples if self.data and self.data.examples else None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the base has random weights."""
+        return self.model is not None and self.model.fresh
 
     @property
     def rate(self) -> float:
         """The learning rate that will be used."""
         if self.resolved is not None:
             return self.resolved.learning_rate
-        return resolve_on(self.config, "cpu", bf16=False).learning_rate  # the same on every device
+        return resolve_on(self.config, "cpu", bf16=False, fresh=self.is_fresh).learning_rate  # the same on every device
 
     @property
     def warmup_steps(self) -> int:
@@ -223,7 +238,7 @@ class Situation:
 def completed(situation: Situation) -> Situation:
     """Fill in what follows from the configuration and the facts that are there."""
     if situation.resolved is None and situation.machine is not None:
-        situation = replace(situation, resolved=resolve(situation.config, situation.machine))
+        situation = replace(situation, resolved=resolve(situation.config, situation.machine, fresh=situation.is_fresh))
     if situation.estimate is None:
         situation = replace(situation, estimate=_estimate(situation))
     if situation.steps is None:

@@ -14,6 +14,7 @@ from statistics import NormalDist
 
 from finetuneflow.config import RunConfig
 from finetuneflow.knowledge.memory_phases import COLLATOR_MULTIPLE
+from finetuneflow.knowledge.objectives import rows_per_step, traits_of
 from finetuneflow.knowledge.values import DataFacts
 
 STRETCH = 16  # `data.batches.EpochSampler` sorts as many steps' rows by length at a time; a test compares
@@ -29,6 +30,8 @@ class Steps:
 
     `tokens_seen` are real ones, `padded_tokens` what passes through the model. `micro_batches`: forward passes of each
     device. `row_tokens` and `row_width`: mean length of a row, and of what it is padded to. `notes`: what was assumed.
+    Of pairs both sides count as tokens and one as example. Of drawn answers `examples_seen` counts answers, and a row is a
+    prompt with one.
     """
 
     steps: int
@@ -56,8 +59,10 @@ def steps_of(config: RunConfig, data: DataFacts, device_count: int = 1) -> Steps
     """
     if device_count < 1:
         raise ValueError("device_count must be at least 1")
-    training = config.training
+    training, traits = config.training, traits_of(config)
     lengths, rows_per_example, notes = row_lengths(config, data)
+    if traits.draws:
+        return _steps_of_drawn(config, data, lengths, rows_per_example, notes, device_count)
     rows = round(max(data.examples, 0) * rows_per_example)
     batch, accumulation = training.batch_size, training.gradient_accumulation
     per_epoch = math.ceil(math.ceil(rows / batch) / device_count)
@@ -66,8 +71,10 @@ def steps_of(config: RunConfig, data: DataFacts, device_count: int = 1) -> Steps
     whole, rest = divmod(steps, steps_per_epoch)
     rows_per_epoch = rows if device_count == 1 else per_epoch * batch * device_count
     seen = whole * rows_per_epoch + min(rest * accumulation * batch * device_count, rows_per_epoch)
-    mean = sum(lengths) / len(lengths)
-    width = max(mean_width(lengths, min(batch, max(rows, 1)), groups=_groups(config, rows)), mean)
+    longer = sum(lengths) / len(lengths)
+    # Of a pair the lengths are those of its longer side.
+    mean = longer if traits.sides == 1 else longer * (data.both_tokens or 2 * data.mean_tokens or 1) / (data.mean_tokens or 1)
+    width = traits.sides * max(mean_width(lengths, min(batch, max(rows, 1)), groups=_groups(config, rows)), longer)
     return Steps(
         steps=steps,
         epochs=steps / steps_per_epoch,
@@ -83,6 +90,38 @@ def steps_of(config: RunConfig, data: DataFacts, device_count: int = 1) -> Steps
     )
 
 
+def _steps_of_drawn(
+    config: RunConfig, data: DataFacts, lengths: list[float], share: float, notes: tuple[str, ...], device_count: int
+) -> Steps:
+    """Runs that draw answers: a step takes some prompts, grpo and rloo answer each several times. Prompts that do not fill a
+    group's last step wait for the next epoch; ppo goes on into it."""
+    training, drawn = config.training, config.reinforcement
+    prompts, per_step = round(max(data.examples, 0) * share), rows_per_step(config) * device_count
+    if traits_of(config).family == "ppo":
+        wanted = max(1, math.ceil(training.epochs * prompts / per_step))
+        answers, micro_batches = per_step, math.ceil(drawn.rollout_size / training.batch_size)
+    else:
+        wanted = math.ceil(training.epochs * (prompts // per_step))
+        answers, micro_batches = training.effective_batch * device_count, training.gradient_accumulation
+    steps = 0 if not prompts else training.max_steps or wanted
+    prompt = sum(lengths) / len(lengths)
+    width = max(mean_width(lengths, training.batch_size), prompt) + drawn.max_new_tokens
+    seen = steps * answers
+    return Steps(
+        steps=steps,
+        epochs=steps * per_step / max(prompts, 1),
+        examples_seen=seen,
+        tokens_seen=round(seen * (prompt + drawn.max_new_tokens)),
+        warmup_steps=0 if training.scheduler == "constant" else math.ceil(steps * min(training.warmup_ratio, 0.999_999)),
+        effective_batch=training.effective_batch * device_count,
+        micro_batches=steps * micro_batches,
+        padded_tokens=round(seen * width),
+        row_tokens=prompt + drawn.max_new_tokens,
+        row_width=width,
+        notes=(*notes, f"Answers are taken to be as long as they may be: {drawn.max_new_tokens:,} tokens."),
+    )
+
+
 # --- lengths ----------------------------------------------------------------------------------------
 
 
@@ -93,7 +132,7 @@ def row_lengths(config: RunConfig, data: DataFacts) -> tuple[list[float], float,
     if config.data.overlong == "drop":
         kept = [length for length in lengths if length <= limit]
         return kept or [float(limit)], len(kept) / len(lengths), notes
-    if config.data.overlong == "split":
+    if config.data.overlong == "split" and traits_of(config).form == "supervised":  # other forms are cut
         parts = [part for length in lengths for part in _parts(length, limit)]
         return sorted(parts), len(parts) / len(lengths), notes
     return [min(length, limit) for length in lengths], 1.0, notes

@@ -66,6 +66,10 @@ class DataFacts:
 
     `length_percentiles`: 101 values, index p is the length that p % of the examples do not exceed.
     `counted`: lengths come from the run's own tokenizer; otherwise from characters, at a stated rate.
+    `form`: what a row holds (`data.forms`). Of a pair, lengths are those of its longer side; of a prompt, without an answer.
+    `both_tokens`: mean tokens of both sides of a pair together. `prompt_tokens`: mean tokens before the answer that is learned
+    or compared; `answer_percentiles`: tokens of that answer, as `length_percentiles` (of a pair the chosen one; of a prompt
+    the expected one). `length_ratio`: tokens of chosen answers over those of rejected ones. `good_share`: of rated answers.
     """
 
     examples: int
@@ -81,6 +85,12 @@ class DataFacts:
     rejected: int | None = None
     languages: dict[str, int] = field(default_factory=dict)
     hand_formatted: str | None = None
+    form: str = "supervised"
+    both_tokens: float | None = None
+    prompt_tokens: float | None = None
+    answer_percentiles: tuple[int, ...] = ()
+    length_ratio: float | None = None
+    good_share: float | None = None
 
     def share_above(self, num_tokens: int) -> float | None:
         """Share of examples longer than `num_tokens`, to the percent; None where lengths are not known."""
@@ -103,6 +113,7 @@ class ModelFacts:
     `stored_dtype`: of the weights on disk; `quantized_as`: the method when they are stored quantised.
     `chat_template`: its source, or None. `vocabulary_size`: tokens the tokenizer knows.
     `licence`: identifier of the model card. `gated`: the hub asks for consent. `config`: the raw config.json.
+    `fresh`: its weights are random, as `ftf model new` made them.
     """
 
     name: str
@@ -117,4 +128,5 @@ class ModelFacts:
     licence: str | None = None
     gated: bool | None = None
     has_own_code: bool = False
+    fresh: bool = False
     config: dict[str, Any] = field(default_factory=dict)

@@ -181,8 +181,8 @@ def chosen_settings(asked: Asked, variant: Variant, effective_batch: int) -> dic
     chosen, training = method_settings(asked, variant), asked.config.training
     chosen |= _dropout(asked, variant.kind, chosen)
     own_kind = _rate_family(variant.kind) == _rate_family(asked.config.method.kind)
-    rate = hyperparameters.learning_rate(variant.kind, asked.shape.num_parameters)
-    suggested = {"training.learning_rate": rate, "training.epochs": hyperparameters.epochs(asked.data)}
+    rate = hyperparameters.learning_rate(variant.kind, asked.shape.num_parameters, training.objective)
+    suggested = {"training.learning_rate": rate, "training.epochs": hyperparameters.epochs(asked.data, training.objective)}
     for key, choice in suggested.items():
         # A rate that was set for one kind of method says nothing about another.
         keep = key in asked.kept and (key != "training.learning_rate" or own_kind)

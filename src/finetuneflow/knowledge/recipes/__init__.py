@@ -10,7 +10,6 @@ differ, both stand in the file and the settings follow the primary source.
 
 from finetuneflow.knowledge.recipes.arithmetic import Arithmetic, Sums, recipe_arithmetic, recipe_tables
 from finetuneflow.knowledge.recipes.schema import (
-    BUILT_OBJECTIVES,
     Figures,
     Phase,
     Recipe,
@@ -30,7 +29,6 @@ from finetuneflow.knowledge.recipes.settings import (
 )
 
 __all__ = [
-    "BUILT_OBJECTIVES",
     "Arithmetic",
     "Figures",
     "Phase",

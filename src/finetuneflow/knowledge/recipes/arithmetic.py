@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetuneflow.config import build_config
+from finetuneflow.knowledge.objectives import rows_per_step
 from finetuneflow.knowledge.recipes.schema import Figures, Phase, Span, load_recipe, number_text, plain, recipe_names
 
 MOST_EPOCHS = 5  # the recipe document's own rule of thumb: 2 to 5 epochs
@@ -54,11 +55,19 @@ class Arithmetic:
         return values
 
 
+def batch_of(phase: Phase) -> int:
+    """Rows of the dataset in an optimizer step, as sources count a batch: of PPO those of a round."""
+    config = build_config(phase.settings)[0]
+    return rows_per_step(
+        config.model_copy(update={"training": config.training.model_copy(update={"objective": phase.objective})})
+    )
+
+
 def recipe_arithmetic(phase: Phase) -> Arithmetic:
     """The sums of a phase. Each is None where a figure for it is missing; what is assumed instead is marked."""
     config = build_config(phase.settings)[0]
     training = config.training
-    batch = _exactly(training.effective_batch)
+    batch = _exactly(batch_of(phase))
     examples = _exactly(phase.dataset.examples) if phase.dataset.examples else None
     own = Figures(
         steps=_exactly(training.max_steps) if training.max_steps else None,
@@ -178,9 +187,9 @@ def recipe_tables() -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for name, phase, sums in phases:
         training = build_config(phase.settings)[0].training
-        objective = phase.objective + ("" if phase.available else " (not built yet)")
+        objective = phase.objective
         steps = f"{sums.recipe.steps_implied} steps" if sums.recipe.steps_implied else "-"
-        rate, batch = number_text(training.learning_rate), number_text(training.effective_batch)
+        rate, batch = number_text(training.learning_rate), number_text(batch_of(phase))
         lines.append(f"| `{name}` | {objective} | {phase.method} | {rate} | {batch} | {number_text(training.epochs)} | {steps} |")
     lines += ["", "### What the documents say, and what follows", ""]
     lines.append(

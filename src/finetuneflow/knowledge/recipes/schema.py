@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -24,20 +24,20 @@ from pydantic import (
     model_validator,
 )
 
-from finetuneflow.config import Training, build_config, parse_yaml, settings
+from finetuneflow.config import Objective, build_config, parse_yaml, settings
 from finetuneflow.errors import ConfigError
-
-Objective = Literal["sft", "pretrain", "dpo", "reward", "ppo"]
-# What the engine can train today, read from the setting itself: a recipe becomes available with its objective.
-BUILT_OBJECTIVES: tuple[str, ...] = get_args(Training.model_fields["objective"].annotation)
 
 # The phase says the objective; the machine decides device and threads; trackers send data to others.
 NOT_OF_A_RECIPE = {"training.objective", "training.device", "training.threads", "training.report_to"}
+# A reward can be a file of code or a folder; weights belong to the rewards.
+NOT_OF_A_RECIPE |= {"reinforcement.reward", "reinforcement.reward_folder", "reinforcement.reward_weights"}
 DATA_SETTINGS = {"data.supervise", "data.max_length", "data.overlong", "data.eval_fraction", "data.eval_limit"}
 RECIPE_SETTINGS = frozenset(
     key
     for key, *_ in settings()
-    if key in DATA_SETTINGS or (key.startswith(("method.", "training.")) and key not in NOT_OF_A_RECIPE)
+    if key in DATA_SETTINGS
+    or key == "evaluation.at_steps"
+    or (key.startswith(("method.", "training.", "preference.", "reinforcement.")) and key not in NOT_OF_A_RECIPE)
 )
 
 MAX_NUMBER = 1e12
@@ -168,10 +168,6 @@ class Phase(Part):
         return nested(value) if isinstance(value, Mapping) else value
 
     @property
-    def available(self) -> bool:
-        return self.objective in BUILT_OBJECTIVES
-
-    @property
     def method(self) -> str:
         return str(self.settings.get("method", {}).get("kind", "lora"))
 
@@ -194,22 +190,6 @@ class Recipe(Part):
         return self
 
     @property
-    def available(self) -> bool:
-        """Whether every phase can be run today."""
-        return all(phase.available for phase in self.phases)
-
-    @property
-    def reason(self) -> str | None:
-        """Why the recipe is not available as a whole, and what of it can be run; None where it is."""
-        missing = [phase for phase in self.phases if not phase.available]
-        if not missing:
-            return None
-        named = ", ".join(f"{phase.name} ({phase.objective})" for phase in missing)
-        usable = [f"{self.name}:{phase.name}" for phase in self.phases if phase.available]
-        text = f"Not built yet: {named}. The engine trains {' and '.join(BUILT_OBJECTIVES)}."
-        return text + (f" {' and '.join(usable)} can be run now." if usable else "")
-
-    @property
     def memory_note(self) -> str:
         """What is known of the memory it takes, or how to find out."""
         if self.needs.memory_gb is not None:
@@ -221,9 +201,9 @@ class Recipe(Part):
         from finetuneflow.knowledge.recipes.arithmetic import recipe_arithmetic
 
         values: dict[str, Any] = plain(self)
-        values |= {"available": self.available, "reason": self.reason, "memory": self.memory_note}
+        values["memory"] = self.memory_note
         for written, phase in zip(values["phases"], self.phases, strict=True):
-            written |= {"available": phase.available, "arithmetic": recipe_arithmetic(phase).to_dict()}
+            written["arithmetic"] = recipe_arithmetic(phase).to_dict()
         return values
 
 

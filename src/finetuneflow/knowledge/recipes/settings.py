@@ -11,7 +11,7 @@ from typing import Any
 
 from finetuneflow.config import Origin, RunConfig, build_config
 from finetuneflow.errors import ConfigError
-from finetuneflow.knowledge.recipes.schema import BUILT_OBJECTIVES, Phase, Recipe, load_recipe, number_text
+from finetuneflow.knowledge.recipes.schema import Phase, Recipe, load_recipe, number_text
 
 
 def load_phase(text: str) -> tuple[Recipe, Phase]:
@@ -41,25 +41,15 @@ def find_phase(recipe: Recipe, name: str | None = None) -> Phase:
 def recipe_config(recipe: Recipe, phase: str | None = None) -> tuple[dict[str, Any], dict[str, Origin]]:
     """What a phase sets, nested as in a run file, and the origin "recipe" of each dotted key.
 
-    Raises `ConfigError`: CONFIG_INVALID_VALUE for a phase that is not there, RECIPE_NOT_AVAILABLE for one whose
-    objective the engine does not train.
+    Raises `ConfigError` CONFIG_INVALID_VALUE for a phase that is not there.
     """
     found = find_phase(recipe, phase)
-    if not found.available:
-        raise ConfigError(
-            "RECIPE_NOT_AVAILABLE",
-            f"The phase {found.name} of the recipe {recipe.name} trains by {found.objective}, which is not built yet.",
-            where="recipe",
-            remedy=f"Choose a recipe that trains by {' or '.join(BUILT_OBJECTIVES)}: `ftf recipes` marks them."
-            + (f" {recipe.reason}" if len(recipe.phases) > 1 and recipe.reason else ""),
-            context={"objective": found.objective, "built": list(BUILT_OBJECTIVES)},
-        )
     values = _values(found)
     return values, {key: "recipe" for key in _leaves(values)}
 
 
 def complete_values(phase: Phase) -> dict[str, Any]:
-    """Every setting of a phase with defaults filled in, for comparing; also of an objective that is not built yet."""
+    """Every setting of a phase with defaults filled in, for comparing."""
     values: dict[str, Any] = build_config(phase.settings)[0].model_dump(mode="json")
     values["training"]["objective"] = phase.objective
     return values

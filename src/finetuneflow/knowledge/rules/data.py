@@ -94,8 +94,10 @@ def hand_formatted_data(s: Situation, data: DataFacts) -> Hit | None:
 def answers_truncated(s: Situation, data: DataFacts) -> Hit | None:
     config, limit = s.config.data, s.config.data.max_length
     share = data.share_above(limit)
-    if share is None or share < TRUNCATED_SHARE or config.overlong == "split":
+    if share is None or share < TRUNCATED_SHARE or (config.overlong == "split" and s.traits.form == "supervised"):
         return None
+    if s.traits.draws:
+        return None  # a prompt loses its oldest exchanges, not its question
     if s.config.training.objective == "pretrain":
         return Hit(
             "data.overlong",
@@ -173,7 +175,13 @@ def _model_type(s: Situation) -> str | None:
 @rule("PADDING_WASTE", "advice", "Much of each batch is padding")
 def padding_waste(s: Situation, data: DataFacts) -> Hit | None:
     training = s.config.training
-    if training.group_by_length or training.batch_size == 1 or not data.length_percentiles or data.examples < 16 * s.batch:
+    if (
+        s.traits.draws
+        or training.group_by_length
+        or training.batch_size == 1
+        or not data.length_percentiles
+        or data.examples < 16 * s.batch
+    ):
         return None
     waste = padding_share(data, training.batch_size, s.config.data.max_length)
     if waste < PADDING_SHARE:

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetuneflow.knowledge.criteria import rate_text
 from finetuneflow.knowledge.memory import Estimate
+from finetuneflow.knowledge.objectives import least_batch
 from finetuneflow.knowledge.resolve import Resolved
 from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.shapes.targets import STATE_SPACE_TARGETS
@@ -34,7 +35,7 @@ def _same_result(s: Situation) -> Iterator[dict[str, Any]]:
         fix |= {"training.gradient_checkpointing": "on"}
         yield dict(fix)
     batch, accumulation = training.batch_size, training.gradient_accumulation
-    while batch % 2 == 0 and accumulation <= 2048:
+    while batch % 2 == 0 and batch // 2 >= least_batch(s.config) and accumulation <= 2048:
         batch, accumulation = batch // 2, accumulation * 2
         fix |= {"training.batch_size": batch, "training.gradient_accumulation": accumulation}
         yield dict(fix)

@@ -183,7 +183,7 @@ def licence_with_terms(s: Situation, model: ModelFacts) -> Hit | None:
 
 @rule("MODEL_OWN_CODE", "error", "A model that wants to run code of its own")
 def model_own_code(s: Situation, model: ModelFacts) -> Hit | None:
-    if not model.has_own_code or s.config.model.trust_remote_code:
+    if not model.has_own_code or s.config.model.trust_remote_code or s.config.model.module:
         return None
     return Hit(
         "model.trust_remote_code",

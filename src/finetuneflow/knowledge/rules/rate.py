@@ -56,7 +56,7 @@ def mean_schedule(scheduler: str) -> float:
 @rule("LR_FULL_RATE_ON_ADAPTER", "warning", "An adapter with a learning rate meant for full fine-tuning")
 def full_rate_on_adapter(s: Situation) -> Hit | None:
     rate = s.config.training.learning_rate
-    if s.config.method.kind not in LORA_KINDS or rate >= LOWEST_LORA_RATE:
+    if s.config.method.kind not in LORA_KINDS or rate >= LOWEST_LORA_RATE or s.traits.family != "supervised":
         return None
     return Hit(
         "training.learning_rate",
@@ -71,6 +71,8 @@ def full_rate_on_adapter(s: Situation) -> Hit | None:
 @rule("LR_ADAPTER_RATE_ON_FULL", "warning", "Full fine-tuning with a learning rate meant for adapters")
 def adapter_rate_on_full(s: Situation) -> Hit | None:
     rate = s.config.training.learning_rate
+    if s.traits.family != "supervised" or s.is_fresh:
+        return None
     if s.config.method.kind != "full" or rate < ADAPTER_SIZED_RATE or not s.chosen("training.learning_rate"):
         return None  # left at its default, the rate is lowered anyway, and the plan says so
     return Hit(
@@ -103,7 +105,7 @@ def high_for_full(s: Situation) -> Hit | None:
 @rule("LR_HIGH_FOR_ADAPTER", "warning", "An adapter rate at which training tends to diverge")
 def high_for_adapter(s: Situation, shape: ModelShape) -> Hit | None:
     rate, guide = s.config.training.learning_rate, lora_guide(shape)
-    if s.config.method.kind not in LORA_KINDS or rate <= 4 * guide:
+    if s.config.method.kind not in LORA_KINDS or rate <= 4 * guide or s.traits.family != "supervised":
         return None
     fix = float(f"{guide:.0e}")
     return Hit(
@@ -163,6 +165,8 @@ def large_model_adapter(s: Situation, shape: ModelShape) -> Hit | None:
     rate, size = s.config.training.learning_rate, shape.num_parameters
     if s.config.method.kind not in ("lora", "qlora") or size < 3e10 or not 2e-4 <= rate <= 4 * lora_guide(shape):
         return None
+    if s.traits.family != "supervised":
+        return None
     return Hit(
         "training.learning_rate",
         f"{rate_text(rate)} for {count(size)} parameters",
@@ -175,7 +179,7 @@ def large_model_adapter(s: Situation, shape: ModelShape) -> Hit | None:
 @rule("LR_LOW_FOR_IA3", "warning", "IA3 with a LoRA-sized learning rate")
 def low_for_ia3(s: Situation) -> Hit | None:
     rate = s.config.training.learning_rate
-    if s.config.method.kind != "ia3" or rate >= 1e-3:
+    if s.config.method.kind != "ia3" or rate >= 1e-3 or s.traits.family != "supervised":
         return None
     whose = "yours" if s.chosen("training.learning_rate") else "the default, which is meant for LoRA"
     return Hit(

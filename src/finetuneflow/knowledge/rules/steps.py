@@ -56,7 +56,7 @@ def effective_batch_by_memory(s: Situation, machine: Machine, data: DataFacts) -
 
 @rule("BATCH_LARGER_THAN_DATA", "warning", "An optimizer step that takes the whole dataset")
 def batch_larger_than_data(s: Situation, data: DataFacts) -> Hit | None:
-    if not 0 < data.examples < s.batch or (s.batch == s.devices):
+    if not 0 < data.examples < s.rows or (s.rows == s.devices) or s.traits.draws:
         return None
     target = max(1, data.examples // (8 * s.devices))
     batch = min(s.config.training.batch_size, target)
@@ -72,7 +72,7 @@ def batch_larger_than_data(s: Situation, data: DataFacts) -> Hit | None:
 @rule("STEPS_TOO_FEW", "warning", "Too few optimizer steps to learn from")
 def steps_too_few(s: Situation, steps: int) -> Hit | None:
     training = s.config.training
-    if steps >= FEW_STEPS or training.max_steps is not None:
+    if steps >= FEW_STEPS or training.max_steps is not None or s.traits.draws:
         return None
     accumulation = max(1, training.gradient_accumulation * steps // ENOUGH_STEPS)
     fix: dict[str, Any] = {}
@@ -92,7 +92,7 @@ def steps_by_dataset_size(s: Situation, steps: int, data: DataFacts) -> Hit | No
     if s.config.training.objective != "sft" or data.examples < 1000:
         return None
     low, high = band_at(data.examples, STEPS)
-    passes = steps * s.batch / data.examples
+    passes = steps * s.rows / data.examples
     few, many = steps < low / 2 and passes < 2, steps > 2 * high and passes > 5
     if not few and not many:
         return None
@@ -148,13 +148,13 @@ def max_steps_overrides_epochs(s: Situation, data: DataFacts) -> Hit | None:
     training = s.config.training
     if training.max_steps is None or not s.chosen("training.epochs") or data.examples < 1:
         return None
-    passes = training.max_steps * s.batch / data.examples
+    passes = training.max_steps * s.rows / data.examples
     if 0.9 <= passes / training.epochs <= 1.1:
         return None
     return Hit(
         "training.max_steps",
         f"max_steps {training.max_steps:,} and epochs {training.epochs:g}",
-        f"max_steps decides: {training.max_steps:,} steps of {s.batch} examples are {passes:.2g} passes over "
+        f"max_steps decides: {training.max_steps:,} steps of {s.rows} examples are {passes:.2g} passes over "
         f"{data.examples:,} examples, not {training.epochs:g}."
         + (f" {percent(1 - passes)} of the data is never seen." if passes < 1 else ""),
         {"training.max_steps": None},

@@ -16,6 +16,7 @@ from finetuneflow.knowledge.shapes import generic
 from finetuneflow.knowledge.shapes.families import FAMILIES
 from finetuneflow.knowledge.shapes.known_models import known_config
 from finetuneflow.knowledge.shapes.layouts import Layout
+from finetuneflow.knowledge.shapes.packaged import PACKAGED, PACKAGED_DEFAULTS
 from finetuneflow.knowledge.shapes.settings import Settings, unsupported
 from finetuneflow.knowledge.shapes.shape import Certainty, Linear, ModelShape, kv_bytes_per_token, kv_cache_bytes
 from finetuneflow.knowledge.shapes.targets import adapter_parameters, target_linears
@@ -101,7 +102,7 @@ def _refuse_other_kinds(config: Mapping[str, Any], name: str) -> None:
 
 def _decoder_shape(config: Mapping[str, Any], name: str) -> ModelShape:
     model_type = str(config.get("model_type") or "")
-    build = FAMILIES.get(model_type)
+    build = FAMILIES.get(model_type) or PACKAGED.get(model_type)
     stated = Settings(config, {}, name)
     if stated.raw("hidden_size") is None and stated.raw("num_hidden_layers") is None:
         stated.require("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -110,7 +111,7 @@ def _decoder_shape(config: Mapping[str, Any], name: str) -> ModelShape:
         return _shape(
             generic.read(stated), name, model_type, "read", f"config.json of an unlisted family ({shown}), by its usual keys"
         )
-    settings = Settings(config, _class_defaults().get(model_type, {}), name)
+    settings = Settings(config, _class_defaults().get(model_type) or PACKAGED_DEFAULTS.get(model_type, {}), name)
     return _shape(build(settings), name, model_type, "exact", f"config.json ({model_type})")
 
 
