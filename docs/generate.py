@@ -88,6 +88,14 @@ def time_page() -> str:
     return _refilled("time-and-cost.md", "<!-- documented times -->", "<!-- end -->", documented_table())
 
 
+def objectives_page() -> str:
+    """The figures of all objectives, from `training/watch.py`."""
+    from finetuneflow.training.watch import METRICS
+
+    rows = "\n".join(f"| `{name}` | {text} |" for name, text in METRICS.items())
+    return _refilled("objectives.md", "<!-- figures -->", "<!-- end of figures -->", f"| figure | meaning |\n|---|---|\n{rows}")
+
+
 def _refilled(name: str, start: str, end: str, content: str) -> str:
     """A page written by hand, with what stands between two marks made anew."""
     return _between((DOCS / name).read_text(encoding="utf-8"), start, end, content)
@@ -106,6 +114,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "planning.md": planning_page,
     "recipes.md": recipes_page,
     "time-and-cost.md": time_page,
+    "objectives.md": objectives_page,
     **rule_pages(),
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +77,57 @@ def test_the_loop_ends_with_quit_and_with_the_end_of_input(chat_model: object, c
         raise EOFError
 
     talk(Chat(chat_model), read=ended, interactive=False)  # type: ignore[arg-type]
+
+
+# --- votes -----------------------------------------------------------------------------------------------------------
+
+
+def votes_in(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def test_an_answer_is_rated_once_with_its_whole_prompt(chat_model: object, tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    chat = Chat(chat_model, system="Be brief.", votes=path, max_new_tokens=4)  # type: ignore[arg-type]
+    assert "no answer" in chat.command("/good")
+    ask(chat, "hello")
+    said = ask(chat, "again")
+    assert "Noted" in chat.command("/good so polite") and "no answer" in chat.command("/bad")
+    [vote] = votes_in(path)
+    assert [turn["role"] for turn in vote["prompt"]] == ["system", "user", "assistant", "user"]  # type: ignore[attr-defined]
+    assert vote["answers"] == {"a": {"model": chat_model.name, "text": said["tuned"]}}  # type: ignore[attr-defined]
+    assert (vote["vote"], vote["comment"]) == ("good", "so polite")
+
+
+def test_of_two_answers_one_is_preferred(chat_model: object, tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    chat = Chat(chat_model, votes=path, max_new_tokens=4)  # type: ignore[arg-type]
+    chat.command("/both")
+    said = ask(chat, "hello")
+    assert "/1, /2 or /tie" in chat.command("/good") and not votes_in(path)
+    chat.command("/2")
+    ask(chat, "more")
+    chat.command("/tie")
+    first, second = votes_in(path)
+    name = chat_model.name  # type: ignore[attr-defined]
+    assert first["vote"] == "b" and second["vote"] == "tie"
+    assert first["answers"] == {
+        "a": {"model": f"{name} (base)", "text": said["base"]},
+        "b": {"model": name, "text": said["tuned"]},
+    }
+
+
+def test_what_cannot_be_voted_on_is_told(chat_model: object, tmp_path: Path) -> None:
+    chat = Chat(chat_model, max_new_tokens=4)  # type: ignore[arg-type]
+    ask(chat, "hello")
+    assert "--votes FILE" in chat.command("/good")
+    path = tmp_path / "votes.jsonl"
+    chat = Chat(chat_model, votes=path, max_new_tokens=4)  # type: ignore[arg-type]
+    ask(chat, "hello")
+    assert "/good or /bad" in chat.command("/1")
+    chat.command("/system Be kind.")
+    assert "no answer" in chat.command("/bad") and not path.exists()
+    ask(chat, "hello")
+    with pytest.raises(FineTuneFlowError):
+        ask(chat, "word " * 2000)
+    assert "no answer" in chat.command("/bad")  # the vote would be on a question that had no answer

@@ -252,11 +252,6 @@ def test_recipes_are_listed_and_shown(ftf: Ftf) -> None:
     assert is_error(ftf("recipes", "show", "alpacca", "--json"), 2, "CONFIG_INVALID_VALUE")
 
 
-def test_a_recipe_whose_objective_is_not_built_says_so(ftf: Ftf, place: Path) -> None:
-    answer = ftf("train", "--recipe", "rlhf:ppo", "--set", "data.train=d.jsonl", "--json")
-    assert is_error(answer, 2, "RECIPE_NOT_AVAILABLE")
-
-
 def test_a_run_starts_from_a_recipe_and_the_run_file_wins(ftf: Ftf, place: Path) -> None:
     (place / "run.yaml").write_text("data: {train: d.jsonl, max_length: 64}\ntraining: {epochs: 1}\n")
     manifest = ftf("train", "run.yaml", "--recipe", "lora", "--dry-run", "--json")

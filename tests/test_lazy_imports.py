@@ -46,6 +46,7 @@ def place(tmp_path: Path) -> Path:
     """A folder with a dataset and a workspace that holds one run."""
     (tmp_path / "run.yaml").write_text("data: {train: d.jsonl}\ntraining: {epochs: 1}\n")
     (tmp_path / "d.jsonl").write_text("".join(f'{{"instruction": "Hello {n}?", "output": "Hello."}}\n' for n in range(2)))
+    (tmp_path / "stages.yaml").write_text("stages: [{name: a, data: {train: d.jsonl}}, {name: b, data: {train: d.jsonl}}]\n")
     run_dir = tmp_path / "ftf-workspace" / "runs" / "one"
     run_dir.mkdir(parents=True)
     (run_dir / "run.yaml").write_text("name: one\n")
@@ -69,9 +70,13 @@ def place(tmp_path: Path) -> Path:
         ("plan", "--model", "starter", "--data", "d.jsonl", "--json"),
         ("plan", "--model", "70B", "--gpu", "A100", "--count", "8"),
         ("plan", "--matrix"),
+        ("plan", "stages.yaml"),
+        ("lint", "stages.yaml", "--json"),
+        ("runs", "--pipelines", "--json"),
         ("lint", "run.yaml", "--json"),
         ("score", "run.yaml"),
         ("recipes",),
+        ("rewards",),
         ("recipes", "show", "qlora"),
         ("diff", "alpaca", "run.yaml"),
     ],

@@ -21,6 +21,7 @@ from export.run_dir import make_run
 from finetuneflow import planning
 from finetuneflow.config import Data, build_config, dump_config
 from finetuneflow.data.examples import Example, to_examples
+from finetuneflow.data.forms import KINDS, Form
 from finetuneflow.data.prepare import Recipe, prepare
 from finetuneflow.data.quality import inspect_files
 from finetuneflow.data.sources import read_rows
@@ -28,6 +29,7 @@ from finetuneflow.data.templates import resolve_template
 from finetuneflow.errors import DataError, FineTuneFlowError, ModelError
 from finetuneflow.hardware import Cpu, Gpu, Hardware, Memory, Torch
 from finetuneflow.knowledge import facts
+from finetuneflow.knowledge.objectives import TRAITS
 from finetuneflow.knowledge.values import DataFacts, Machine
 from finetuneflow.planning import base_model, sample
 from finetuneflow.training.objectives import OBJECTIVES
@@ -390,7 +392,10 @@ def test_an_odd_endpoint_counts_as_no_hub(nowhere: Path, monkeypatch: pytest.Mon
 
 
 def test_what_counts_is_what_the_objectives_take() -> None:
-    assert all(objective.takes == sample.USABLE_KINDS for objective in OBJECTIVES.values())
+    for name, objective in OBJECTIVES.items():
+        assert TRAITS[name].form == objective.form and TRAITS[name].family == objective.family, name
+    supervised = [objective for objective in OBJECTIVES.values() if objective.form == "supervised"]
+    assert all(objective.takes == KINDS["supervised"] for objective in supervised)
 
 
 def test_small_files_are_counted_exactly(tmp_path: Path) -> None:
@@ -589,6 +594,67 @@ def test_all_alike_cannot_be_split(tmp_path: Path) -> None:
         looked_at(path)
     assert raised.value.code == "DATASET_TOO_SMALL"
     assert looked_at(path, eval_fraction=0).duplicate_share == pytest.approx(0.95)
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"Tell me of number {n}.", "chosen": "A river runs by. " * (1 + n % 5), "rejected": f"I do not know {n}."}
+        for n in range(count)
+    ]
+
+
+def rated(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": row["prompt"], "completion": row["chosen"], "label": n % 4 == 0} for n, row in enumerate(pairs(count))]
+
+
+def scored(count: int) -> list[dict[str, Any]]:
+    """Several answers to each prompt with ratings, which make pairs or labels."""
+    return [
+        {"prompt": f"Tell me of number {n // 3}.", "response": f"A river, {n} times.", "rating": float(n % 3)}
+        for n in range(count)
+    ]
+
+
+FORMS: list[tuple[Form, list[dict[str, Any]], dict[str, Any]]] = [
+    ("pair", pairs(60), {}),
+    ("rated", rated(60), {}),
+    ("rated", pairs(30), {}),
+    ("prompt", rows(40), {}),
+    ("prompt", pairs(40), {"eval_fraction": 0.0}),
+    ("pair", scored(60), {"mapping": {"prompt": "prompt", "answer": "response", "rating": "rating"}}),
+    ("rated", scored(60), {"mapping": {"prompt": "prompt", "answer": "response", "rating": "rating"}}),
+]
+
+
+@pytest.mark.parametrize(("form", "content", "settings"), FORMS, ids=[f"{n}-{case[0]}" for n, case in enumerate(FORMS)])
+def test_rows_of_every_form_are_counted_as_the_run_makes_them(
+    tmp_path: Path, form: Form, content: list[Any], settings: dict[str, Any]
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", content)
+    tokenizer = tiny_tokenizer()
+    found, _ = planning.look_at_data(Data(train=[str(path)], **settings), tokenizer.backend_tokenizer, form=form)
+    assert found is not None and found.form == form
+    recipe = Recipe(train=(str(path),), form=form, **settings)
+    made = prepare(recipe, "t", resolve_template(tokenizer, "auto"), tmp_path / "cache", lambda *_, **__: None)  # type: ignore[arg-type]
+    assert (found.examples, found.eval_examples) == (made.manifest["train_examples"], made.manifest["eval_examples"])
+    lengths = made.train["length"]
+    assert found.mean_tokens == pytest.approx(sum(lengths) / len(lengths), rel=0.15)
+    prompts = made.train["length"] if form == "prompt" else made.train["prompt_length"]
+    assert found.prompt_tokens == pytest.approx(sum(prompts) / len(prompts), rel=0.3)
+    if form == "pair":
+        both = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in made.train]
+        assert found.both_tokens == pytest.approx(sum(both) / len(both), rel=0.15)
+        assert found.length_ratio == pytest.approx(made.manifest["pairs"]["length_ratio"], rel=0.15)
+    if form == "rated":
+        labels = [*made.train["label"], *(made.eval["label"] if made.eval is not None else ())]
+        assert found.good_share == pytest.approx(sum(labels) / len(labels))
+
+
+def test_pairs_are_no_examples_for_supervised_tuning_and_conversations_no_pairs(tmp_path: Path) -> None:
+    for form, content in (("supervised", pairs(9)), ("pair", rows(9)), ("rated", rows(9))):
+        with pytest.raises(DataError) as raised:
+            planning.look_at_data(Data(train=[str(jsonl(tmp_path / "a.jsonl", content))]), form=form)  # type: ignore[arg-type]
+        assert raised.value.code == "DATASET_NOTHING_USABLE" and "for other objectives" in raised.value.message
 
 
 def test_given_evaluation_files_are_compared_with_the_training_data(tmp_path: Path) -> None:
@@ -793,6 +859,19 @@ def test_runs_elsewhere_unfinished_or_damaged_teach_nothing(tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("ws"), steps=4)
+
+
+def test_a_finished_run_whose_prompts_failed_says_what_to_change(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "r"
+    folder.mkdir(parents=True)
+    assert planning.next_runs(folder) == []
+    write_json(folder / "metrics.json", {"suite_pass_share": 0.2, "steps": 1_000})
+    assert planning.next_runs(folder) == []  # without its settings nothing can be computed
+    (folder / "run.yaml").write_text((finished / "run.yaml").read_text())
+    found = planning.next_runs(folder)
+    assert {"training.max_steps": 2_000} in [item.settings for item in found]
+    write_json(folder / "metrics.json", {"suite_pass_share": 1.0, "steps": 1_000})
+    assert planning.next_runs(folder) == []
 
 
 @pytest.fixture

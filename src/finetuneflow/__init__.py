@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from finetuneflow.evaluation.suite import load_suite as load_suite
     from finetuneflow.export import export as export
     from finetuneflow.inference import load_generator as load_generator
+    from finetuneflow.pipeline_config import build_pipeline as build_pipeline
+    from finetuneflow.pipeline_config import load_pipeline as load_pipeline
     from finetuneflow.planning import lint as lint
     from finetuneflow.planning import plan as plan
+    from finetuneflow.training.pipeline import resume_pipeline as resume_pipeline
+    from finetuneflow.training.pipeline import train_pipeline as train_pipeline
     from finetuneflow.training.run import resume as resume
     from finetuneflow.training.run import train as train
     from finetuneflow.workspace import Workspace as Workspace
@@ -40,10 +44,14 @@ _FACE = {
     "load_suite": ("finetuneflow.evaluation.suite", "load_suite"),
     "export": ("finetuneflow.export", "export"),
     "load_generator": ("finetuneflow.inference", "load_generator"),
+    "build_pipeline": ("finetuneflow.pipeline_config", "build_pipeline"),
+    "load_pipeline": ("finetuneflow.pipeline_config", "load_pipeline"),
     "lint": ("finetuneflow.planning", "lint"),
     "plan": ("finetuneflow.planning", "plan"),
     "resume": ("finetuneflow.training.run", "resume"),
+    "resume_pipeline": ("finetuneflow.training.pipeline", "resume_pipeline"),
     "train": ("finetuneflow.training.run", "train"),
+    "train_pipeline": ("finetuneflow.training.pipeline", "train_pipeline"),
     "Workspace": ("finetuneflow.workspace", "Workspace"),
 }
 __all__ = ["__version__", *_FACE]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from finetuneflow.config import Origin, RunConfig
     from finetuneflow.knowledge.recommend import Plan
     from finetuneflow.knowledge.situation import Situation
+    from finetuneflow.pipeline_config import Pipeline
 
 recipes_app = typer.Typer(help="Known ways to fine-tune, with their sources and their arithmetic.", rich_markup_mode=None)
 
@@ -93,8 +94,17 @@ def plan(
             show_matrix(cells)
         return
     from finetuneflow.knowledge.advice import whether_to_tune
+    from finetuneflow.pipeline_config import load_pipeline, names_pipeline
 
     overrides = [*([f"model.base={_quoted(model)}"] if model else []), *(set_ or [])]
+    if names_pipeline(config, recipe):
+        if data or out or option:
+            raise ConfigError(
+                "CLI_USAGE", "A pipeline is planned as its file says: --data, --out and --option are for single runs."
+            )
+        pipeline = load_pipeline(config, overrides, recipe=recipe)
+        _plan_pipeline(pipeline, workspace, as_json=as_json, gpu=gpu, count=count, network=not offline)
+        return
     settings, origins = read_settings(config, recipe, overrides)
     if data:
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"train": [str(path) for path in data]})})
@@ -108,6 +118,19 @@ def plan(
         show_plan(found, advice, seen)
     if out or option:
         _write_plan(found, option, settings, origins, out, overwrite=overwrite, quiet=as_json)
+
+
+def _plan_pipeline(pipeline: Pipeline, workspace: Path | None, *, as_json: bool, **where: Any) -> None:
+    """Every stage like a run, and what they take together."""
+    from finetuneflow.planning.stages import plan_stages
+    from finetuneflow.terminal import print_json
+    from finetuneflow.views_pipeline import show_pipeline_plan
+
+    found = plan_stages(pipeline, workspace=Workspace(workspace), **where)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        show_pipeline_plan(found)
 
 
 def _quoted(text: str) -> str:
@@ -164,12 +187,19 @@ def lint(
 ) -> None:
     """Say what is wrong or doubtful in a run before it starts, why, and what to change. Exit code 2 if it would go wrong."""
     from finetuneflow.knowledge.lint import check
+    from finetuneflow.pipeline_config import load_pipeline, names_pipeline
     from finetuneflow.planning import look
     from finetuneflow.terminal import print_json
     from finetuneflow.views_plan import show_findings
 
     if config is None and recipe is None:
         raise ConfigError("CLI_USAGE", "There is nothing to look over: name a run file or a recipe.")
+    if names_pipeline(config, recipe):
+        if fix:
+            raise ConfigError("CLI_USAGE", "--fix changes the file of a single run; change the stages of a pipeline by hand.")
+        pipeline = load_pipeline(config, set_, recipe=recipe)
+        _lint_pipeline(pipeline, workspace, as_json=as_json, gpu=gpu, count=count, network=not offline)
+        return
     settings, origins = read_settings(config, recipe, set_)
     seen = look(settings, origins, workspace=Workspace(workspace), gpu=gpu, count=count, network=not offline)
     situation = seen.situation
@@ -184,6 +214,24 @@ def lint(
     else:
         show_findings(findings, fixed=fix)
     if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(2)
+
+
+def _lint_pipeline(pipeline: Pipeline, workspace: Path | None, *, as_json: bool, **where: Any) -> None:
+    """The findings of every stage; with `--json` each names its stage."""
+    from finetuneflow.planning.stages import plan_stages
+    from finetuneflow.terminal import print_json, say
+    from finetuneflow.views_plan import show_findings
+
+    plans = plan_stages(pipeline, workspace=Workspace(workspace), **where).stages
+    findings = {plan.stage.name: plan.findings() for plan in plans}
+    if as_json:
+        print_json([finding.to_dict() | {"stage": name} for name, found in findings.items() for finding in found])
+    else:
+        for name, found in findings.items():
+            say(f"{name}", style="bold magenta")
+            show_findings(found)
+    if any(finding.level == "error" for found in findings.values() for finding in found):
         raise typer.Exit(2)
 
 
@@ -210,6 +258,26 @@ def _fix(path: Path, situation: Situation, *, quiet: bool) -> Situation:
         for line in applied.difference:
             say(f"  {line}")
     return situation.changed(applied.overrides)
+
+
+# --- rewards ------------------------------------------------------------------------------------------
+
+
+def rewards(as_json: Json = False) -> None:
+    """List the built-in rewards of grpo, rloo and ppo: what reinforcement.reward can name without any code of yours."""
+    from finetuneflow.evaluation.rewards import BUILT_IN
+    from finetuneflow.terminal import console, print_json, say, table
+
+    named = [(f"{name}:{b.argument}" if b.argument else name, b) for name, b in BUILT_IN.items()]
+    if as_json:
+        print_json([{"reward": shown, "meaning": b.explanation, "needs_answer": b.needs_answer} for shown, b in named])
+        return
+    rows = [(shown, b.explanation, "yes" if b.needs_answer else "") for shown, b in named]
+    console.print(table(None, ["reward", "gives", "needs an expected answer"], rows, whole=(0,)))
+    say(
+        "Also: file.py:function from reinforcement.reward_folder, and model:RUN, a finished run of the objective reward.",
+        style="dim",
+    )
 
 
 # --- explain ------------------------------------------------------------------------------------------
@@ -248,15 +316,19 @@ def explain(
 
 
 def _explain_run(run_dir: Path, exit_status: int | None, *, as_json: bool) -> None:
-    from finetuneflow.planning import diagnose_run
+    from finetuneflow.planning import diagnose_run, next_runs
     from finetuneflow.terminal import print_json, say
     from finetuneflow.views_plan import show_diagnosis
 
     found = diagnose_run(run_dir, exit_status)
+    advice = next_runs(run_dir) if found is None else []
     if as_json:
-        print_json(found.to_dict() if found else None)
+        print_json(found.to_dict() if found else {"next": [item.to_dict() for item in advice]} if advice else None)
     elif found is None:
-        say(f"{run_dir.name} has not failed.")
+        say(f"{run_dir.name} has not failed." + (" For the next run:" if advice else ""))
+        for number, item in enumerate(advice, 1):
+            options = "".join(f" --set {key}={value}" for key, value in item.settings.items())
+            say(f"{number}. {item.text} {item.reason}{options}")
     else:
         show_diagnosis(found)
 

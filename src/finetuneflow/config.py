@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -22,6 +22,8 @@ from finetuneflow.errors import ConfigError
 
 CONFIG_VERSION = 1
 MAX_FILE_BYTES = 1_000_000
+# Suites that are known by name -> their file beside the starter model.
+BUNDLED_SUITES = {"starter": "acceptance.yaml", "starter-preferred": "preferred.yaml"}
 Origin = Literal["default", "recipe", "recommended", "yours"]
 
 
@@ -46,8 +48,20 @@ class Model(Section):
     trust_remote_code: str | None = Field(
         None, description="Commit hash whose own Python code you have read and allow to run. Off unless it is that exact commit."
     )
+    module: str | None = Field(
+        None,
+        description="Python file with an architecture of your own, registered with transformers' Auto classes. Naming it allows it to run.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Storage type of frozen weights. `auto`: bfloat16 where the device computes in it, else float32."
+    )
+    adapter: str | None = Field(
+        None, description="Adapter to start from: the folder of one, or of a finished run. null: a fresh adapter on the base."
+    )
+    adapter_start: Literal["continue", "merge", "stack"] = Field(
+        "continue",
+        description="What becomes of that adapter: `continue` trains it further, `merge` writes it into the base before a new one is trained, "
+        "`stack` keeps it frozen below a new one (the result holds both).",
     )
 
 
@@ -61,7 +75,7 @@ class Data(Section):
     )
     mapping: dict[str, str] = Field(
         default_factory=dict,
-        description="Columns by name for a shape that is not recognised: prompt, answer, system, context, text, messages, …",
+        description="Columns by name for a shape that is not recognised: prompt, answer, system, context, text, messages, rating, …",
     )
     eval_limit: int = Field(
         1000,
@@ -84,6 +98,22 @@ class Data(Section):
     max_length: int = Field(2048, ge=8, le=1_048_576, description="Tokens per example at most.")
     overlong: Literal["drop", "cut", "split"] = Field(
         "cut", description="Examples longer than `max_length`: drop, cut (never without supervised tokens) or split."
+    )
+    min_rating_gap: float = Field(
+        0.0, ge=0.0, description="Rated answers to one prompt make a pair only if their ratings (or ranks) differ by this much."
+    )
+    good_rating: float | None = Field(
+        None, description="Rating from which an answer counts as good (kto); null: the median of all ratings."
+    )
+    rating_pairs: Literal["best", "adjacent"] = Field(
+        "best", description="Pairs out of ratings: the best answer against each other one, or each against the next worse."
+    )
+    max_pairs_per_prompt: int = Field(4, ge=1, le=1000, description="Pairs made of the rated answers to one prompt at most.")
+    replay: StringList = Field(
+        default_factory=list, description="Files of general data mixed into training against forgetting (sft and pretrain)."
+    )
+    replay_share: float = Field(
+        0.1, gt=0.0, lt=1.0, description="Share of the training examples in each epoch that comes from the `replay` files."
     )
 
 
@@ -110,9 +140,15 @@ class Method(Section):
         return self.kind != "full"
 
 
+Objective = Literal["sft", "pretrain", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo"]
+
+
 class Training(Section):
-    objective: Literal["sft", "pretrain"] = Field(
-        "sft", description="`sft`: conversations; `pretrain`: continued pre-training on text."
+    objective: Objective = Field(
+        "sft",
+        description="`sft`: conversations; `pretrain`: continued pre-training on text; `dpo`, `orpo`, `cpo`, `simpo`: pairs of a preferred "
+        "and a rejected answer; `kto`: answers rated good or bad; `reward`: a model that scores answers, from pairs; "
+        "`grpo`, `rloo`, `ppo`: rewards of the model's own answers.",
     )
     epochs: float = Field(3, gt=0, le=1000, description="Passes over the training data.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever `epochs` says.")
@@ -170,13 +206,116 @@ class Training(Section):
         return self.batch_size * self.gradient_accumulation
 
 
+class Preference(Section):
+    """Settings of the objectives that learn from preferences: dpo, kto, orpo, cpo, simpo and reward."""
+
+    loss: Literal[
+        "auto",
+        "sigmoid",
+        "ipo",
+        "hinge",
+        "robust",
+        "exo_pair",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sigmoid_norm",
+        "kto",
+        "apo_zero_unpaired",
+    ] = Field(
+        "auto",
+        description="Variant of the loss. `auto`: sigmoid for dpo and cpo, kto for kto. cpo knows sigmoid, hinge and ipo; "
+        "kto knows kto and apo_zero_unpaired; the others are variants of dpo.",
+    )
+    beta: float = Field(
+        0.1,
+        gt=0,
+        le=10,
+        description="How closely the policy is held to the reference; documented range 0.1 to 0.5. "
+        "orpo: weight of the odds ratio; simpo: scale of the rewards, 2 to 2.5 in its paper.",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0.0, lt=0.5, description="Share of pairs assumed to be labelled the wrong way round (dpo, cpo)."
+    )
+    simpo_gamma: float = Field(0.5, ge=0.0, le=10, description="simpo: margin that the chosen answer's reward must exceed.")
+    cpo_alpha: float = Field(1.0, ge=0.0, le=10, description="cpo: weight of the ordinary loss on the chosen answer.")
+    desirable_weight: float = Field(1.0, gt=0, le=100, description="kto: weight of the answers rated good.")
+    undesirable_weight: float = Field(1.0, gt=0, le=100, description="kto: weight of the answers rated bad.")
+    center_rewards: float = Field(
+        0.0, ge=0.0, le=10, description="reward: pulls the mean reward towards zero (0.01 in its paper); 0 turns it off."
+    )
+    reference: Literal["live", "cached"] = Field(
+        "live",
+        description="Log-probabilities of the reference: computed in every step, or once before training and kept on disk (dpo).",
+    )
+
+
+# Values of `preference.loss` that an objective knows.
+LOSSES_OF: dict[str, tuple[str, ...]] = {
+    "dpo": tuple(
+        loss for loss in get_args(Preference.model_fields["loss"].annotation) if loss not in ("kto", "apo_zero_unpaired")
+    ),
+    "kto": ("auto", "kto", "apo_zero_unpaired"),
+    "cpo": ("auto", "sigmoid", "hinge", "ipo"),
+}
+
+
+class Reinforcement(Section):
+    """Settings of the objectives that learn from rewards of their own answers: grpo, rloo and ppo."""
+
+    reward: StringList = Field(
+        default_factory=list,
+        description="What is rewarded; several are added. A built-in function (`ftf rewards` lists them), `file.py:function` from `reward_folder`, "
+        "or `model:` with the folder of a finished reward run.",
+    )
+    reward_weights: list[float] = Field(default_factory=list, description="Weight of each reward; empty: all count 1.")
+    reward_folder: str | None = Field(
+        None, description="The only folder that reward functions are read from. null: no function of your own is run."
+    )
+    samples_per_prompt: int = Field(8, ge=2, le=1024, description="Answers drawn for each prompt and compared (grpo, rloo).")
+    max_new_tokens: int = Field(128, ge=1, le=32768, description="Length limit of a drawn answer, in tokens.")
+    temperature: float = Field(1.0, gt=0, le=5, description="Temperature answers are drawn with.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Share of probability answers are drawn from.")
+    kl_coefficient: float = Field(
+        0.05, ge=0.0, le=10, description="Weight of the divergence from the reference model, per token (ppo: at the start)."
+    )
+    kl_target: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="ppo: divergence per answer, in nats, that the coefficient is steered to. null: it stays as it is.",
+    )
+    kl_horizon: int = Field(10_000, ge=1, description="ppo: answers over which the coefficient adapts.")
+    clip_range: float = Field(0.2, gt=0, le=1, description="How far the probability ratio counts in a step.")
+    value_clip_range: float = Field(0.2, gt=0, le=10, description="ppo: how far a value estimate may move in a step.")
+    value_coefficient: float = Field(0.1, ge=0, le=10, description="ppo: weight of the value loss.")
+    entropy_coefficient: float = Field(0.0, ge=0, le=1, description="ppo: weight of an entropy bonus.")
+    gamma: float = Field(1.0, gt=0, le=1, description="ppo: discount of later rewards.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="ppo: bias against variance of the advantage estimate (GAE).")
+    rollout_size: int = Field(64, ge=2, le=65536, description="ppo: answers drawn before each round of updates.")
+    update_epochs: int = Field(4, ge=1, le=100, description="ppo: passes over the drawn answers in a round of updates.")
+    whiten_rewards: bool = Field(False, description="ppo: scale the rewards of a round to unit variance.")
+    missing_end_penalty: float = Field(
+        1.0, ge=0, le=100, description="ppo: taken off the reward of an answer that did not end by itself."
+    )
+
+
 class Evaluation(Section):
     samples: int = Field(
         5, ge=0, le=100, description="Held-out prompts answered after training, shown beside the expected answer."
     )
     max_new_tokens: int = Field(128, ge=1, le=32768, description="Length limit of a generated answer, in tokens.")
     suite: str | None = Field(
-        None, description="Acceptance prompts (YAML) to run after training; `starter` is the bundled suite."
+        None, description="Acceptance prompts (YAML) to run after training; `starter` and `starter-preferred` are bundled."
+    )
+    at_steps: list[int] = Field(
+        default_factory=list,
+        description="Optimizer steps after which samples and suite are asked during training too, such as [5000, 10000].",
     )
 
 
@@ -187,6 +326,8 @@ class RunConfig(Section):
     data: Data = Field(default_factory=Data)
     method: Method = Field(default_factory=Method)
     training: Training = Field(default_factory=Training)
+    preference: Preference = Field(default_factory=Preference)
+    reinforcement: Reinforcement = Field(default_factory=Reinforcement)
     evaluation: Evaluation = Field(default_factory=Evaluation)
 
     def with_absolute_paths(self) -> RunConfig:
@@ -200,17 +341,30 @@ class RunConfig(Section):
             update={
                 "train": [absolute(path) for path in self.data.train],
                 "eval": [absolute(path) for path in self.data.eval],
+                "replay": [absolute(path) for path in self.data.replay],
                 "template": absolute(self.data.template) if self.data.template.endswith(".jinja") else self.data.template,
             }
         )
         base = self.model.base if self.model.base == "starter" else absolute(self.model.base)
+        module = self.model.module and absolute(self.model.module)
+        adapter = self.model.adapter and absolute(self.model.adapter)
+        rewards = self.reinforcement
         suite = self.evaluation.suite
         return self.model_copy(
             update={
                 "data": data,
-                "model": self.model.model_copy(update={"base": base}),
+                "model": self.model.model_copy(update={"base": base, "module": module, "adapter": adapter}),
+                "reinforcement": rewards.model_copy(
+                    update={
+                        "reward": [
+                            f"model:{absolute(text.removeprefix('model:'))}" if text.startswith("model:") else text
+                            for text in rewards.reward
+                        ],
+                        "reward_folder": rewards.reward_folder and absolute(rewards.reward_folder),
+                    }
+                ),
                 "evaluation": self.evaluation.model_copy(
-                    update={"suite": absolute(suite) if suite and suite != "starter" else suite}
+                    update={"suite": absolute(suite) if suite and suite not in BUNDLED_SUITES else suite}
                 ),
             }
         )
@@ -224,6 +378,50 @@ class RunConfig(Section):
             found.append("training.precision fp16 needs a GPU: use bf16, fp32 or auto on the CPU.")
         if self.method.kind == "full" and self.method.modules_to_save:
             found.append("method.modules_to_save has no effect with kind full (everything is trained): remove it.")
+        return [*found, *self._objective_conflicts()]
+
+    def _objective_conflicts(self) -> Iterator[str]:
+        """Settings that the objective cannot be trained with."""
+        training, method, drawn = self.training, self.method, self.reinforcement
+        objective = training.objective
+        known = LOSSES_OF.get(objective, ("auto",))
+        if self.preference.loss not in known and objective in ("dpo", "kto", "cpo"):
+            yield f"preference.loss {self.preference.loss} is no loss of {objective}: choose {', '.join(known)}."
+        if objective == "kto" and training.batch_size < 2:
+            yield "kto compares answers of different prompts within a micro-batch: set training.batch_size to 2 or more."
+        if objective == "ppo" and method.kind == "prefix":
+            yield "ppo needs an adapter inside the layers, which a trained prefix is not: use method.kind lora, or grpo."
+        stacked = self.model.adapter is not None and self.model.adapter_start == "stack"
+        if stacked and (method.kind not in ("lora", "full") or method.modules_to_save or objective == "reward"):
+            yield (
+                "model.adapter_start stack adds two plain LoRA adapters up: use it with method.kind lora, without modules_to_save, "
+                "for an objective other than reward; or continue, or merge."
+            )
+        if objective in ("grpo", "rloo", "ppo"):
+            if not drawn.reward:
+                yield f"{objective} learns from rewards: name at least one in reinforcement.reward (`ftf rewards` lists them)."
+            if drawn.reward_weights and len(drawn.reward_weights) != len(drawn.reward):
+                yield f"reinforcement.reward_weights has {len(drawn.reward_weights)} values for {len(drawn.reward)} rewards."
+            yield from (f"The reward {name} {problem}." for name, problem in self.rewards_not_allowed())
+        if objective in ("grpo", "rloo") and training.effective_batch % drawn.samples_per_prompt:
+            yield (
+                f"{objective} draws {drawn.samples_per_prompt} answers to each prompt, and a step has {training.effective_batch}: make "
+                "training.batch_size x training.gradient_accumulation a multiple of reinforcement.samples_per_prompt."
+            )
+
+    def rewards_not_allowed(self) -> list[tuple[str, str]]:
+        """(reward, why it cannot be read): functions of the user's own that lie outside `reinforcement.reward_folder`."""
+        found = []
+        for name in self.reinforcement.reward:
+            file, _, function = name.rpartition(":")
+            if not file.endswith(".py") or not function.isidentifier():
+                continue
+            if self.reinforcement.reward_folder is None:
+                found.append(
+                    (name, "is a function of your own: set reinforcement.reward_folder to the folder it may be read from")
+                )
+            elif os.path.isabs(file) or ".." in Path(file).parts:
+                found.append((name, "lies outside reinforcement.reward_folder: name the file as it is called in that folder"))
         return found
 
 
@@ -312,7 +510,7 @@ def build_config(
     """Validate settings from a mapping plus `section.key=value` overrides; every error is reported at once."""
     merged = _deep_copy(values)
     for override in overrides or []:
-        _apply_override(merged, override)
+        apply_override(merged, override)
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
@@ -382,7 +580,8 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Write what `section.key=value` says into nested settings; the value is read as YAML."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError("CONFIG_INVALID_VALUE", f"{override!r} is not of the form section.key=value.", where="--set")

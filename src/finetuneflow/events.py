@@ -14,10 +14,18 @@ programs: no secret and no example text is ever in one, except in `sample`, whic
     log         step, total_steps, loss, …          every `log_steps`
     eval        step, eval_loss, …
     sample      step, …                             a generation shown during training
+    suite       step, name, passed, prompts, share  acceptance prompts, during training or after it
     checkpoint  step, path
     complete    total_steps, best_metric, …
     stopped     step, reason                        asked for; can be resumed
     failed      code, message, remedy
+
+A pipeline's own log holds, besides decisions and warnings:
+
+    pipeline    status, pipeline, …                 started, succeeded, stopped, gated, failed
+    stage       stage, status, run, number, of      started, resumed, succeeded, kept (done in an earlier attempt)
+    measured    stage, suites, bits_per_byte
+    gate        stage, gate, passed, found, accepted
 """
 
 from __future__ import annotations
@@ -46,10 +54,15 @@ EVENT_NAMES = frozenset(
         "log",
         "eval",
         "sample",
+        "suite",
         "checkpoint",
         "complete",
         "stopped",
         "failed",
+        "pipeline",
+        "stage",
+        "measured",
+        "gate",
     }
 )
 

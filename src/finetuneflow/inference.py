@@ -20,7 +20,7 @@ import queue
 import random
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ from finetuneflow.errors import EvaluationError, ModelError
 DEFAULT_BATCH = 32
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 # State-space models that keep padding out of their state; other models without attention do not.
-MASK_PADDING = frozenset({"mamba", "mamba2", "falcon_mamba"})
+MASK_PADDING = frozenset({"mamba", "mamba2", "falcon_mamba", "mamba_swelu"})
 # A model whose config states no limit (Mamba) has none that matters here.
 NO_LIMIT = 1 << 30
 
@@ -245,11 +245,11 @@ class Generator:
         """Which prompts (by index) are answered together: neighbours in length, the longest first.
 
         A prompt so near the context limit that its answer must be shorter goes alone, so that padding never
-        costs it a token. A recurrent model that would carry padding into its state batches equal lengths only.
+        costs it a token. A model that padding before a text would disturb answers prompts of equal lengths together.
         """
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         config = self.model.config
-        recurrent = not hasattr(config, "num_attention_heads") and config.model_type not in MASK_PADDING
+        recurrent = carries_padding(config)
         batches: list[list[int]] = []
         for i in order:
             alone = len(prompts[i]) + decoding.max_new_tokens > self.context_length
@@ -344,6 +344,18 @@ class Generator:
 
 
 # --- the parts of a generation step -----------------------------------------------------------
+
+
+def carries_padding(config: Any) -> bool:
+    """Whether padding before a text changes what the model makes of it, so that a batch needs equal lengths.
+
+    A model of the user's own says by `masks_padding` in its configuration class that it does not.
+    """
+    from finetuneflow.models.own import is_own
+
+    if is_own(config):
+        return not getattr(type(config), "masks_padding", False)
+    return not hasattr(config, "num_attention_heads") and config.model_type not in MASK_PADDING
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -518,21 +530,26 @@ def load_generator(
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
+    module: str | None = None,
 ) -> Generator:
     """Load what `source` names: a run directory, an adapter folder, a model folder, a hub id, or "starter".
 
     Of a run, `adapter=False` loads the base alone, asked through the run's own tokenizer and template, and
     `checkpoint` (a step, or a folder name under `checkpoints/`) takes the weights of that moment.
     `adapters` puts further ones on the same base, switched by name. Run names are resolved by the caller.
+    `module`: the Python file of an architecture of one's own; of a run, the copy it keeps unless one is named.
     """
+    from finetuneflow.models.source import ModelSource
+
     folder = Path(source)
     options = {"device": device, "dtype": dtype}
     if (folder / "run.yaml").is_file():
-        generator = _from_run(folder, with_adapter=adapter, checkpoint=checkpoint, options=options)
+        generator = _from_run(folder, with_adapter=adapter, checkpoint=checkpoint, module=module, options=options)
     elif (folder / "adapter_config.json").is_file():
-        generator = _from_adapter(folder, with_adapter=adapter, template=template, revision=revision, options=options)
+        found = ModelSource("", revision, module=module)
+        generator = _from_adapter(folder, with_adapter=adapter, template=template, source=found, options=options)
     else:
-        generator = _from_model(str(source), template=template, revision=revision, options=options)
+        generator = _from_model(ModelSource(str(source), revision, module=module), template=template, options=options)
     if adapters:
         from finetuneflow.models.adapters import load_adapters
 
@@ -552,46 +569,58 @@ def _with_more(model: Any, adapters: Mapping[str, Path]) -> Any:
     return model
 
 
-def _from_model(base: str, *, template: str, revision: str | None, options: Mapping[str, Any]) -> Generator:
+def _from_model(source: Any, *, template: str, options: Mapping[str, Any]) -> Generator:
     from finetuneflow.data.templates import resolve_template
     from finetuneflow.models.load import load_base
-    from finetuneflow.models.source import ModelSource
 
-    loaded = load_base(ModelSource(base, revision=revision), **options)
-    return Generator(loaded.model, loaded.tokenizer, resolve_template(loaded.tokenizer, template), name=Path(base).name)
+    loaded = load_base(source, **options)
+    return Generator(loaded.model, loaded.tokenizer, resolve_template(loaded.tokenizer, template), name=Path(source.base).name)
 
 
-def _from_adapter(
-    folder: Path, *, with_adapter: bool, template: str, revision: str | None, options: Mapping[str, Any]
-) -> Generator:
-    """An adapter folder on the base its config names; its own tokenizer files, if it has some, come first."""
+def _from_adapter(folder: Path, *, with_adapter: bool, template: str, source: Any, options: Mapping[str, Any]) -> Generator:
+    """An adapter folder on the base its config names; its own tokenizer files, if it has some, come first.
+
+    Of `source`, revision and module count.
+    """
     from finetuneflow.data.templates import resolve_template
     from finetuneflow.models.adapters import check_adapter_dir
     from finetuneflow.models.load import load_with_adapters
-    from finetuneflow.models.source import ModelSource
 
     config = check_adapter_dir(folder)
-    base = ModelSource(str(config.get("base_model_name_or_path") or ""), revision=revision or config.get("revision"))
+    named = str(config.get("base_model_name_or_path") or "")
+    base = replace(source, base=named, revision=source.revision or config.get("revision"))
     loaded = load_with_adapters(base, {"default": folder} if with_adapter else {}, **options)
     tokenizer = _tokenizer_of(folder) or loaded.tokenizer
     return Generator(loaded.model, tokenizer, resolve_template(tokenizer, template, consent=True), name=folder.name)
 
 
-def _from_run(run: Path, *, with_adapter: bool, checkpoint: str | int | None, options: Mapping[str, Any]) -> Generator:
+def _from_run(
+    run: Path, *, with_adapter: bool, checkpoint: str | int | None, module: str | None, options: Mapping[str, Any]
+) -> Generator:
     from finetuneflow.config import load_config
     from finetuneflow.models.load import load_base, load_with_adapters
+    from finetuneflow.models.own import kept_in
     from finetuneflow.models.source import ModelSource
 
     config, _ = load_config(run / "run.yaml")
+    if config.training.objective == "reward":
+        raise ModelError(
+            "MODEL_SCORES_ONLY",
+            f"{run.resolve().name} is a reward model: it scores answers and writes none.",
+            remedy="Evaluate it with `ftf evaluate`, or use it in a run as reinforcement.reward: model:FOLDER.",
+        )
+    module = module or kept_in(run, config.model.module)
     if options["dtype"] == "auto":
         options = {**options, "dtype": _dtype_of_run(run)}
-    source = ModelSource(config.model.base, config.model.revision, config.model.trust_remote_code)
+    source = ModelSource(config.model.base, config.model.revision, config.model.trust_remote_code, module)
     if config.method.is_adapter:
         quantize = {"quantize": "nf4", "double_quant": config.method.double_quantization} if config.method.kind == "qlora" else {}
         wanted = {"tuned": _weights_dir(run, checkpoint, final="adapter")} if with_adapter else {}
-        loaded = load_with_adapters(source, wanted, **quantize, **options)
+        # A checkpoint of a stacked adapter holds the upper one alone; the final weights hold both.
+        below = config.model.adapter if checkpoint is not None and config.model.adapter_start == "stack" else None
+        loaded = load_with_adapters(source, wanted, below=Path(below) if below else None, **quantize, **options)
     elif with_adapter:
-        loaded = load_base(ModelSource(str(_weights_dir(run, checkpoint, final="model"))), **options)
+        loaded = load_base(ModelSource(str(_weights_dir(run, checkpoint, final="model")), module=module), **options)
     else:
         loaded = load_base(source, **options)
     tokenizer = _tokenizer_of(run / "tokenizer") or loaded.tokenizer

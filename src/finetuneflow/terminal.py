@@ -161,6 +161,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+# Of the figures beside the loss (`training/watch.py` explains all), those that fit a line.
+SHOWN_FIGURES = ("accuracy", "margin", "reward", "kl", "response_length")
+
+
 # --- a run as it goes -----------------------------------------------------------------------------
 
 
@@ -264,8 +268,10 @@ class RunView:
         self._print_item(Text("! ", "bold yellow"), Text.assemble((event["message"], "yellow"), (advice, "dim")))
 
     def _on_log(self, event: Event) -> None:
+        shown = event.get("metrics", {})
+        named = "".join(f"{name.replace('_', ' ')} {shown[name]:.3f}   " for name in SHOWN_FIGURES if name in shown)
         figures = (
-            f"loss {event['loss']:.4f}   lr {event['learning_rate']:.2e}   grad {event['grad_norm']:.2f}   "
+            f"loss {event['loss']:.4f}   {named}lr {event['learning_rate']:.2e}   grad {event['grad_norm']:.2f}   "
             f"{event['tokens_per_second']:,.0f} tok/s   {human_bytes(event['memory_bytes'])} (peak {human_bytes(event['peak_memory_bytes'])})   "
             f"left {human_time(event['eta_seconds'])}"
         )
@@ -282,13 +288,17 @@ class RunView:
         self._live.update(Group(self._bar, self._figures))
 
     def _on_eval(self, event: Event) -> None:
-        self._print(
-            Text.assemble(
-                ("  eval ", "bold green"),
-                f"step {event['step']}   loss {event['eval_loss']:.4f}   perplexity {event['eval_perplexity']:.2f}   "
-                f"token accuracy {percent(event['eval_token_accuracy'])}",
-            )
+        figures = f"loss {event['eval_loss']:.4f}"
+        if "eval_perplexity" in event:
+            figures += f"   perplexity {event['eval_perplexity']:.2f}   token accuracy {percent(event['eval_token_accuracy'])}"
+        figures += "".join(
+            f"   {name.replace('_', ' ')} {event[f'eval_{name}']:.3f}" for name in SHOWN_FIGURES if f"eval_{name}" in event
         )
+        self._print(Text.assemble(("  eval ", "bold green"), f"step {event['step']}   {figures}"))
+
+    def _on_suite(self, event: Event) -> None:
+        passed = f"{event['passed']} of {event['prompts']} prompts passed ({percent(event['share'])})"
+        self._print(Text.assemble(("  suite ", "bold green"), f"step {event['step']}   {event['name']}   {passed}"))
 
     def _on_checkpoint(self, event: Event) -> None:
         self._print(Text(f"  saved {event['path']}", style="dim"))
@@ -313,6 +323,35 @@ class RunView:
 
     def _on_failed(self, event: Event) -> None:
         self.close()
+
+    # --- of a pipeline --------------------------------------------------------------------------------
+
+    def _on_pipeline(self, event: Event) -> None:
+        self.close()
+        if event["status"] == "started":
+            verb = "Resuming pipeline" if event["resuming"] else "Pipeline"
+            self._print(Text.assemble((f"{verb} ", "bold"), (event["pipeline"], "bold cyan")))
+        elif event["status"] == "stopped":
+            self._print(Text.assemble(("Pipeline stopped. ", "bold yellow"), f"`ftf resume {event['pipeline']}` goes on."))
+
+    def _on_stage(self, event: Event) -> None:
+        if event["status"] == "succeeded":
+            return
+        word = {"kept": "  done already", "resumed": "  goes on"}.get(event["status"], "")
+        head = f"\nStage {event['number']} of {event['of']}: {event['stage']}"
+        self._print(Text.assemble((head, "bold magenta"), f" ({event['objective']})", (word, "dim")))
+
+    def _on_measured(self, event: Event) -> None:
+        parts = [f"{clean(name)} {percent(share)}" for name, share in event["suites"].items()]
+        if event["bits_per_byte"] is not None:
+            parts.append(f"general text {event['bits_per_byte']:.4f} bits per byte")
+        self._print(Text.assemble(("  measured ", "bold green"), f"{event['stage']}   {'   '.join(parts)}"))
+
+    def _on_gate(self, event: Event) -> None:
+        word, style = (
+            ("passed", "green") if event["passed"] else ("accepted", "yellow") if event["accepted"] else ("not passed", "red")
+        )
+        self._print(Text.assemble((f"  gate {word} ", f"bold {style}"), f"{event['gate']}  ", (event["found"], "dim")))
 
     def _print_item(self, mark: Text, text: Text) -> None:
         """A marked line whose continuation lines, on a terminal, stand under its text."""

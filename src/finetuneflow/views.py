@@ -50,6 +50,8 @@ def show_data_report(report: FileReport) -> None:
         + (f", {report.examples:,} examples" if report.examples != report.usable else "")
     )
     say("  shapes      " + _counts(report.shapes))
+    if report.preferences:
+        say(f"  preferences {report.preferences['pair']:,} pairs can be made, {report.preferences['rated']:,} rated answers")
     _show_problems(report)
     near = "" if report.near_duplicates is None else f", {report.near_duplicates:,} nearly the same"
     say(f"  duplicates  {report.duplicates:,} exact{near}")
@@ -137,6 +139,13 @@ def show_evaluation(result: Evaluation) -> None:
         scores = result.scores.to_dict()
         shown = {name: value for name, value in scores.items() if isinstance(value, int | float)}
         say("  " + "   ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    if result.preferences:
+        p = result.preferences
+        sums = "" if p.accuracy_of_sums is None else f"   (whole answers: {percent(p.accuracy_of_sums)})"
+        say(
+            f"  preferences: {percent(p.accuracy)} of {p.pairs:,} pairs told apart by {p.by} "
+            f"(95% interval {percent(p.accuracy_low)} to {percent(p.accuracy_high)}){sums}   margin {p.margin:.3f}"
+        )
     if result.samples:
         console.print(_sample_table([sample.to_dict() for sample in result.samples]))
     if result.suite:

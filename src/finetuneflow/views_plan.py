@@ -186,11 +186,10 @@ def show_recipes(recipes: Sequence[Recipe]) -> None:
                 first.method,
                 rate,
                 stars,
-                "" if recipe.available else "in part" if any(p.available for p in recipe.phases) else "not built yet",
                 recipe.title,
             )
         )
-    console.print(table(None, ["recipe", "trains by", "method", "rate", "documented", "", "what it is"], rows, whole=(0,)))
+    console.print(table(None, ["recipe", "trains by", "method", "rate", "documented", "what it is"], rows, whole=(0,)))
     say("\nftf recipes show NAME     ftf train --recipe NAME --set data.train=my.jsonl", style="dim")
 
 
@@ -202,8 +201,6 @@ def show_recipe(recipe: Recipe) -> None:
     say(f"\nSuits   {recipe.suits}")
     say(f"Made for  {recipe.needs.base}, {recipe.needs.gpus}")
     say(f"Memory  {recipe.memory_note}")
-    if recipe.reason:
-        say(recipe.reason, style="yellow")
     for phase in recipe.phases:
         sums = recipe_arithmetic(phase)
         name = f"{recipe.name}:{phase.name}" if len(recipe.phases) > 1 else recipe.name

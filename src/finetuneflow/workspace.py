@@ -257,20 +257,17 @@ class Workspace:
     def cache_dir(self) -> Path:
         return self.root / "cache"
 
+    @property
+    def pipelines_dir(self) -> Path:
+        return self.root / "pipelines"
+
     def new_run_dir(self, name: str) -> Path:
         """Create and return a fresh run folder `<name>-<date>-<n>` under `runs/`."""
-        check_name(name, what="a run name")
-        stamp = datetime.now(UTC).strftime("%Y%m%d")
-        with translate_os_errors(self.runs_dir):
-            self.runs_dir.mkdir(parents=True, exist_ok=True)
-            for number in range(1, 10_000):
-                candidate = self.runs_dir / f"{name}-{stamp}-{number:03d}"
-                try:
-                    candidate.mkdir()
-                    return candidate
-                except FileExistsError:
-                    continue
-        raise StorageError("STORAGE_EXISTS", f"10,000 runs are named {name} today.", remedy="Choose another run name.")
+        return _new_dir(self.runs_dir, name)
+
+    def new_pipeline_dir(self, name: str) -> Path:
+        """Create and return a fresh pipeline folder `<name>-<date>-<n>` under `pipelines/`."""
+        return _new_dir(self.pipelines_dir, name)
 
     def run_dir(self, name_or_path: str | Path) -> Path:
         """The folder of an existing run: its name, a unique beginning of it, `latest`, or a path to it."""
@@ -293,7 +290,41 @@ class Workspace:
 
     def run_names(self) -> list[str]:
         """All runs, oldest first (by creation, as told by their first file)."""
-        if not self.runs_dir.is_dir():
-            return []
-        found = [p for p in self.runs_dir.iterdir() if (p / "run.yaml").is_file()]
-        return [p.name for p in sorted(found, key=lambda p: ((p / "run.yaml").stat().st_mtime_ns, p.name))]
+        return _by_age(self.runs_dir, "run.yaml")
+
+    def find_pipeline_dir(self, name_or_path: str | Path) -> Path | None:
+        """The folder of an existing pipeline: by path, by name, or by a beginning that only one has; else None."""
+        path = Path(name_or_path)
+        if (path / "pipeline.yaml").is_file():
+            return path
+        name, names = str(name_or_path), self.pipeline_names()
+        matches = [n for n in names if n == name] or [n for n in names if name and n.startswith(name)]
+        return self.pipelines_dir / matches[0] if len(matches) == 1 else None
+
+    def pipeline_names(self) -> list[str]:
+        """All pipelines, oldest first."""
+        return _by_age(self.pipelines_dir, "pipeline.yaml")
+
+
+def _by_age(folder: Path, first_file: str) -> list[str]:
+    """Names of the folders in `folder` that hold `first_file`, by when that was written."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if (path / first_file).is_file()]
+    return [path.name for path in sorted(found, key=lambda path: ((path / first_file).stat().st_mtime_ns, path.name))]
+
+
+def _new_dir(folder: Path, name: str) -> Path:
+    """A fresh folder `<name>-<date>-<n>`; two that start at once get different numbers."""
+    check_name(name, what="a run name")
+    stamp = datetime.now(UTC).strftime("%Y%m%d")
+    with translate_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 10_000):
+            candidate = folder / f"{name}-{stamp}-{number:03d}"
+            try:
+                candidate.mkdir()
+                return candidate
+            except FileExistsError:
+                continue
+    raise StorageError("STORAGE_EXISTS", f"10,000 runs are named {name} today.", remedy="Choose another run name.")

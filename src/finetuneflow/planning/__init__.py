@@ -21,10 +21,12 @@ from finetuneflow.errors import DataError, FineTuneFlowError, HardwareError
 from finetuneflow.events import read_events
 from finetuneflow.hardware import Cpu, Gpu, Hardware, probe
 from finetuneflow.knowledge import facts
+from finetuneflow.knowledge.advice import NextRun, after_failure
 from finetuneflow.knowledge.cost import Cost, Efficiency, efficiency_from, estimate_cost, share_reached
 from finetuneflow.knowledge.explain import Diagnosis, diagnose
 from finetuneflow.knowledge.lint import check
 from finetuneflow.knowledge.memory import correction_from
+from finetuneflow.knowledge.objectives import traits_of
 from finetuneflow.knowledge.outcome import compare
 from finetuneflow.knowledge.recommend import Plan, options
 from finetuneflow.knowledge.situation import Finding, Situation, completed
@@ -108,7 +110,8 @@ def look(
     base = look_at_model(model or config.model.base, revision=config.model.revision, network=network)
     tokenizer = load_tokenizer(base.folder)
     supervise = "all" if config.training.objective == "pretrain" else config.data.supervise
-    data, notes = look_at_data(config.data, tokenizer, supervise=supervise, seed=config.training.seed)
+    form = traits_of(config).form
+    data, notes = look_at_data(config.data, tokenizer, supervise=supervise, seed=config.training.seed, form=form)
     learned = learn(workspace or Workspace(), machine)
     described = base.facts if tokenizer is None else replace(base.facts, vocabulary_size=tokenizer.get_vocab_size())
     added = None if tokenizer is None else frozenset(token.content for token in tokenizer.get_added_tokens_decoder().values())
@@ -226,6 +229,16 @@ def diagnose_run(run_dir: Path, exit_status: int | None = None) -> Diagnosis | N
             without = config.model_copy(update={"data": config.data.model_copy(update={"train": [], "eval": []})})
             situation = look(without, origins, workspace=workspace, network=False).situation
     return diagnose_failure(failed.get("code") if failed else None, text, situation, exit_status=exit_status)
+
+
+def next_runs(run_dir: Path) -> list[NextRun]:
+    """What to change after a finished run that was not good enough; [] where nothing speaks against it, or nothing is known."""
+    metrics = read_json(run_dir / "metrics.json")
+    if metrics is None:
+        return []
+    with contextlib.suppress(FineTuneFlowError):
+        return after_failure(load_config(run_dir / "run.yaml")[0], metrics)
+    return []
 
 
 def _traceback(path: Path, started: str) -> str:

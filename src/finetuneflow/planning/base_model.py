@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import re
 import threading
@@ -20,11 +21,16 @@ from typing import Any
 
 from finetuneflow.errors import ModelError
 from finetuneflow.knowledge.shapes import ModelShape, known_shape, shape_from_config, shape_from_size, size_in_name
+from finetuneflow.knowledge.shapes.families import FAMILIES
+from finetuneflow.knowledge.shapes.headers import shape_from_tensors
+from finetuneflow.knowledge.shapes.packaged import PACKAGED
 from finetuneflow.knowledge.values import ModelFacts
+from finetuneflow.models.new import FRESH, STATED_SHAPE
 from finetuneflow.models.source import HUB_ID
 
 HUB_SECONDS = 2.0
 PART_BYTES = 1_000_000
+HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,8 @@ def look_at_model(base: str, *, revision: str | None = None, network: bool = Tru
                 where=str(folder),
                 remedy="Name the folder that holds config.json and model.safetensors.",
             )
-        return BaseModel(shape_from_config(config, name=base), _facts_in(folder, base, config), folder)
+        shape, notes = _shape_in(folder, config, base)
+        return BaseModel(shape, _facts_in(folder, base, config), folder, notes)
     if re.fullmatch(r"\d+(\.\d+)?\s*[kKmMbBtT]", base):
         shape = shape_from_size(base)
         return BaseModel(shape, ModelFacts(base), notes=(f"The shape of {base} is a typical one of that size.",))
@@ -93,6 +100,40 @@ def _local_folder(base: str, revision: str | None) -> Path | None:
     return folder if commit and os.path.isfile(folder / "config.json") else None
 
 
+def _shape_in(folder: Path, config: dict[str, Any], base: str) -> tuple[ModelShape, tuple[str, ...]]:
+    """The shape of a folder's model: by its config, or for an architecture not known here by the tensors of its weights.
+
+    Where usual keys describe another number of parameters than the weights hold, the weights are right.
+    """
+    if str(config.get("model_type")) in FAMILIES | PACKAGED or not (tensors := tensor_shapes(folder)):
+        return shape_from_config(config, name=base), ()
+    with contextlib.suppress(ModelError):
+        read = shape_from_config(config, name=base)
+        held = sum(math.prod(shape) for shape in tensors.values())
+        if abs(read.num_parameters - held) <= 0.005 * held:
+            return read, ()
+    shape = shape_from_tensors(config, tensors, name=base, stated=read_json(folder / STATED_SHAPE))
+    note = f"The architecture of {base} is not known here: its parameters are counted in the weights, its activations are approximate."
+    return shape, (note,)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a folder, from the headers of its safetensors files; {} where one cannot be read.
+
+    A header is its length in eight bytes, little-endian, and so much JSON (the safetensors format).
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length)) if length <= HEADER_BYTES else {}
+            found |= {name: tuple(map(int, entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return {}
+    return found
+
+
 def _hub_cache() -> Path:
     """Where the hub's client keeps models, by the variables it reads."""
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
@@ -108,7 +149,7 @@ def _facts_in(folder: Path, name: str, config: dict[str, Any]) -> ModelFacts:
     inner = config.get("text_config")
     text = inner if isinstance(inner, dict) else config  # of a model with eyes, the language part
     quantized = config.get("quantization_config")
-    positions = text.get("max_position_embeddings") or text.get("n_positions")
+    positions = text.get("max_position_embeddings") or text.get("n_positions") or text.get("max_seq_len")
     return ModelFacts(
         name=name,
         model_type=_word(config.get("model_type")),
@@ -120,6 +161,7 @@ def _facts_in(folder: Path, name: str, config: dict[str, Any]) -> ModelFacts:
         max_position=positions if isinstance(positions, int) and not isinstance(positions, bool) and positions > 0 else None,
         licence=_licence(folder / "README.md"),
         has_own_code="auto_map" in config,
+        fresh=(folder / FRESH).is_file(),
         config=config,
     )
 

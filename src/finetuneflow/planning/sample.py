@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from finetuneflow.config import Data
-from finetuneflow.data.examples import Example, Problem, to_examples
+from finetuneflow.data.examples import Example, Message, Problem, endings_of, prompt_of, to_examples
 from finetuneflow.data.examples import Mapping as Columns
+from finetuneflow.data.forms import KINDS, Form, reference_answer
+from finetuneflow.data.preferences import SET_ASIDE, FormReader, Pairing
 from finetuneflow.data.similarity import exact_key
 from finetuneflow.data.sources import Row, read_rows, sniff
 from finetuneflow.data.streams import BLOCK_BYTES
@@ -27,7 +29,6 @@ SAMPLE_SECONDS = 0.15
 SAMPLE_ROWS = 100  # of each file are read however long it takes
 SIZE_SECONDS = 0.05  # for finding out how large a compressed file is
 SPLIT_EXAMPLES = 2_000  # up to here the split is made as the run will make it: a tenth of a second
-USABLE_KINDS = frozenset({"chat", "text"})  # what the objectives take; a test compares
 SAMPLE_CHARS = 200_000  # as many are put through the tokenizer: less than a tenth of a second
 SAMPLE_LENGTHS = 20_000  # examples whose characters are counted
 TOKENIZER_BYTES = 12_000_000  # a larger tokenizer.json takes longer to load than a plan may take
@@ -90,18 +91,19 @@ class _Sample:
 
 
 def look_at_data(
-    data: Data, tokenizer: Any = None, *, supervise: str | None = None, seed: int = 42
+    data: Data, tokenizer: Any = None, *, supervise: str | None = None, seed: int = 42, form: Form = "supervised"
 ) -> tuple[DataFacts | None, tuple[str, ...]]:
     """Figures of a run's training data from a sample, and notes on what was assumed; None where no file is named.
 
     `tokenizer`: of the `tokenizers` library; without one, lengths come from characters. `supervise`: what enters the
-    loss, where it is not what `data` says. `seed`: of the split. Only examples of `USABLE_KINDS` count.
+    loss, where it is not what `data` says. `seed`: of the split. `form`: what the objective makes of an example; only those
+    count that it can be made from, ratings made into pairs or labels first.
     Raises `DataError` for a file that is missing or is no dataset, and for data that cannot be split.
     """
     if not data.train:
         return None, ()
-    train = _sample(data.train, data, SAMPLE_SECONDS)
-    held_out = _sample(data.eval, data, SAMPLE_SECONDS / 3) if data.eval else None
+    train = _sample(data.train, data, SAMPLE_SECONDS, form)
+    held_out = _sample(data.eval, data, SAMPLE_SECONDS / 3, form) if data.eval else None
     examples = train.examples
     unsuited: Counter[str] = sum((part.unsuited for part in train.parts), Counter())
     rejected = sum(part.in_all(part.rejected) for part in train.parts)
@@ -109,12 +111,12 @@ def look_at_data(
     if not examples:
         raise DataError(
             "DATASET_NOTHING_USABLE",
-            f"No example can be used in what was read of {', '.join(data.train)} ({rejected:,} rows rejected"
+            f"No example can be used{_WANTED[form]} in what was read of {', '.join(data.train)} ({rejected:,} rows rejected"
             + (f", {kinds} examples are for other objectives)." if kinds else ")."),
             remedy=f"See why: ftf data check {data.train[0]}",
         )
-    num_train, num_eval = _divided(train, held_out, data, seed)
-    lengths, supervised = _lengths(train, tokenizer, supervise or data.supervise)
+    num_train, num_eval = _divided(train, held_out, data, seed, form)
+    lengths = _lengths(train, tokenizer, supervise or data.supervise, form)
     notes: tuple[str, ...] = ()
     if tokenizer is None:
         notes = (f"Tokens are estimated from characters ({CHARS_PER_TOKEN:g} per token); `ftf data check --model` counts them.",)
@@ -129,9 +131,9 @@ def look_at_data(
         DataFacts(
             examples=num_train,
             eval_examples=num_eval,
-            mean_tokens=sum(lengths) / len(lengths),
-            length_percentiles=_percentiles(lengths),
-            supervised_share=supervised,
+            mean_tokens=_mean(lengths.rows),
+            length_percentiles=_percentiles(lengths.rows),
+            supervised_share=None if form == "prompt" else lengths.supervised_share,
             counted=tokenizer is not None,
             kinds=tuple(sorted({example.kind for example in examples})),
             turns_mean=sum(len(example.messages) for example in shown) / len(shown),
@@ -139,16 +141,26 @@ def look_at_data(
             eval_overlap=sum(exact_key(example) in keys for example in held_out.examples) if held_out else None,
             rejected=rejected,
             hand_formatted=_hand_format(train.spread(200)),
+            form=form,
+            good_share=sum(bool(example.label) for example in examples) / len(examples) if form == "rated" else None,
+            **({} if form == "supervised" else lengths.of_answers(form)),
         ),
         notes,
     )
+
+
+_WANTED: dict[Form, str] = {"supervised": "", "pair": " as a pair", "rated": " as a rated answer", "prompt": " as a prompt"}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.01 else "less than 1 %"
 
 
-def _divided(train: _Sample, held_out: _Sample | None, data: Data, seed: int) -> tuple[int, int]:
+def _divided(train: _Sample, held_out: _Sample | None, data: Data, seed: int, form: Form) -> tuple[int, int]:
     """Examples that train and that are held out, as `data.prepare` divides them."""
     total = train.estimated_examples
     if held_out is not None:
@@ -159,13 +171,13 @@ def _divided(train: _Sample, held_out: _Sample | None, data: Data, seed: int) ->
     if train.is_whole and total <= SPLIT_EXAMPLES:
         from finetuneflow.data.splits import split
 
-        parts = split(train.examples, eval_fraction=fraction, seed=seed)
+        parts = split(train.examples, eval_fraction=fraction, seed=seed, by_prompt=form != "supervised")
         return len(parts.train_indices), len(parts.eval_indices)
     num_eval = max(1, round(total * fraction))
     return total - num_eval, num_eval
 
 
-def _sample(names: Sequence[str], data: Data, seconds: float) -> _Sample:
+def _sample(names: Sequence[str], data: Data, seconds: float, form: Form) -> _Sample:
     """Read for `seconds`, an equal time for each file; no further than `data.limit` goes."""
     for name in names:
         if not os.path.isfile(name):
@@ -180,18 +192,20 @@ def _sample(names: Sequence[str], data: Data, seconds: float) -> _Sample:
         left = None if data.limit is None else data.limit - found.estimated_examples
         if left is not None and left <= 0:
             break
-        found = _Sample((*found.parts, _sample_file(Path(name), data, left, seconds / len(names))), data.limit)
+        found = _Sample((*found.parts, _sample_file(Path(name), data, left, seconds / len(names), form)), data.limit)
     return found
 
 
-def _sample_file(path: Path, data: Data, limit: int | None, seconds: float) -> _Part:
+def _sample_file(path: Path, data: Data, limit: int | None, seconds: float, form: Form) -> _Part:
     """The usable examples among the first rows of a file."""
     part, reading = _Part(), _Reading(path, data.encoding, time.monotonic() + seconds)
     mapping = Columns(**data.mapping) if data.mapping else None
-    for item in to_examples(reading.rows(), mapping, tree_paths=data.tree_paths):
+    several = form in ("pair", "rated")
+    items = to_examples(reading.rows(), mapping, tree_paths=data.tree_paths, several_answers=several)
+    for item in FormReader(form, _pairing(data)).read(items):
         if isinstance(item, Problem):
-            part.rejected += 1
-        elif item.kind in USABLE_KINDS:
+            part.rejected += item.code not in SET_ASIDE
+        elif item.kind in KINDS[form]:
             part.examples.append(item)
         else:
             part.unsuited[item.kind] += 1
@@ -199,6 +213,10 @@ def _sample_file(path: Path, data: Data, limit: int | None, seconds: float) -> _
             return part  # the run reads no further either
     part.share = reading.share()
     return part
+
+
+def _pairing(data: Data) -> Pairing:
+    return Pairing(data.min_rating_gap, data.good_rating, data.rating_pairs, data.max_pairs_per_prompt)
 
 
 @dataclass(slots=True)
@@ -296,25 +314,59 @@ def load_tokenizer(folder: Path | None) -> Any:
         return None
 
 
-def _lengths(sample: _Sample, tokenizer: Any, supervise: str) -> tuple[list[int], float]:
-    """Tokens of each example of a part of the sample, and the share of them in the loss; estimated without a tokenizer."""
-    chosen = [_pieces(example, supervise) for example in sample.spread(SAMPLE_LENGTHS)]
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Of each example (tokens, tokens that are learned) of its sides; of a prompt the second side is the expected answer alone."""
+
+    sides: list[list[tuple[int, int]]]
+    form: Form
+
+    @property
+    def rows(self) -> list[int]:
+        """Tokens of each example, of a pair those of its longer side."""
+        if self.form == "prompt":
+            return [prompt for (prompt, _), *_ in self.sides]
+        return [max(length for length, _ in sides) for sides in self.sides]
+
+    @property
+    def supervised_share(self) -> float:
+        whole, own = (sum(side[place] for sides in self.sides for side in sides) for place in (0, 1))
+        return min(1.0, own / max(whole, 1))
+
+    def of_answers(self, form: Form) -> dict[str, Any]:
+        """What `DataFacts` says of prompts and answers."""
+        answers = [[own for _, own in sides] for sides in self.sides]
+        first = [own[-1] if form == "prompt" else own[0] for own in answers]
+        prompts = (
+            self.rows if form == "prompt" else [sides[0][0] - own[0] for sides, own in zip(self.sides, answers, strict=True)]
+        )
+        found: dict[str, Any] = {"prompt_tokens": _mean(prompts), "answer_percentiles": _percentiles(first)}
+        if form == "pair":
+            found["both_tokens"] = _mean([sum(length for length, _ in sides) for sides in self.sides])
+            found["length_ratio"] = sum(first) / max(sum(own[1] for own in answers), 1)
+        return found
+
+
+def _lengths(sample: _Sample, tokenizer: Any, supervise: str, form: Form) -> _Lengths:
+    """Tokens of a part of the sample; estimated without a tokenizer."""
+    chosen = [_sides(example, supervise, form) for example in sample.spread(SAMPLE_LENGTHS)]
     if tokenizer is not None:
-        chars = sum(len(text) for pieces in chosen for text, _ in pieces)
+        chars = sum(len(text) for sides in chosen for pieces in sides for text, _ in pieces)
         step = max(1, -(-chars // SAMPLE_CHARS), len(chosen) // 1_000)
         chosen = chosen[::step]
-    texts = [text for pieces in chosen for text, _ in pieces]
-    numbers = iter(_token_numbers(texts, tokenizer))
-    lengths, supervised = [], 0
-    for pieces in chosen:
-        around = 1 if len(pieces) == 1 else TURN_TOKENS
-        length = 0
-        for _, own in pieces:
-            number = next(numbers)
-            length += number + around
-            supervised += (number + (around if supervise == "all" else 1)) if own else 0
-        lengths.append(length)
-    return lengths, min(1.0, supervised / max(sum(lengths), 1))
+    numbers = iter(_token_numbers([text for sides in chosen for pieces in sides for text, _ in pieces], tokenizer))
+    return _Lengths([[_side(pieces, numbers, supervise) for pieces in sides] for sides in chosen], form)
+
+
+def _side(pieces: list[tuple[str, bool]], numbers: Iterator[int], supervise: str) -> tuple[int, int]:
+    """(tokens, learned tokens) of one side, each piece with what a template writes around it."""
+    around = 1 if len(pieces) == 1 else TURN_TOKENS
+    length = supervised = 0
+    for _, own in pieces:
+        number = next(numbers)
+        length += number + around
+        supervised += (number + (around if supervise == "all" else 1)) if own else 0
+    return length, supervised
 
 
 def _token_numbers(texts: list[str], tokenizer: Any) -> list[int]:
@@ -325,6 +377,22 @@ def _token_numbers(texts: list[str], tokenizer: Any) -> list[int]:
     return [round(len(encoding.ids) * max(1.0, len(text) / SAMPLE_CHARS)) for text, encoding in zip(texts, encoded, strict=True)]
 
 
+def _sides(example: Example, supervise: str, form: Form) -> list[list[tuple[str, bool]]]:
+    """The texts of each side of an example, each with whether it enters the loss."""
+    if form == "supervised":
+        return [_pieces(example, supervise)]
+    prompt = [(_text(message), False) for message in prompt_of(example)]
+    if form == "prompt":
+        return [[*prompt, ("", False)], [(reference_answer(example), True)]]  # the generation prompt is a turn of its own
+    return [[*prompt, *((_text(message), message.role == "assistant") for message in ending)] for ending in endings_of(example)]
+
+
+def _text(message: Message) -> str:
+    """A turn's text, calls of tools included."""
+    calls = "".join(f"{call.name}{json.dumps(call.arguments, ensure_ascii=False)}" for call in message.tool_calls)
+    return message.content + calls
+
+
 def _pieces(example: Example, supervise: str) -> list[tuple[str, bool]]:
     """The texts of an example, each with whether it enters the loss."""
     if example.text is not None:
@@ -333,8 +401,7 @@ def _pieces(example: Example, supervise: str) -> list[tuple[str, bool]]:
     pieces = [(json.dumps(example.tools, ensure_ascii=False), supervise == "all")] if example.tools else []
     for index, message in enumerate(example.messages):
         answer = message.role == "assistant" and message.weight > 0 and (supervise == "assistant" or index == last)
-        calls = "".join(f"{call.name}{json.dumps(call.arguments, ensure_ascii=False)}" for call in message.tool_calls)
-        pieces.append((message.content + calls, supervise == "all" or answer))
+        pieces.append((_text(message), supervise == "all" or answer))
     return pieces
 
 
