@@ -61,7 +61,13 @@ TRAIN_PACKAGES = frozenset(
 DataOption = Annotated[
     list[Path] | None, typer.Option("--data", help="Examples with answers. [default: what the run held out]", show_default=False)
 ]
-SuiteOption = Annotated[str | None, typer.Option("--suite", help="Acceptance prompts (YAML); `starter` is the bundled suite.")]
+SuiteOption = Annotated[
+    str | None,
+    typer.Option(
+        "--suite",
+        help="Acceptance prompts (YAML); `starter` (right answers) and `starter-preferred` (whole sentences) are bundled.",
+    ),
+]
 JudgesOption = Annotated[
     Path | None, typer.Option("--judges", help="A Python file of your own with judge functions for the suite. It is run.")
 ]

@@ -17,6 +17,7 @@ from finetuneflow.config import RunConfig
 from finetuneflow.errors import CODES, HardwareError
 from finetuneflow.knowledge.values import Machine
 from finetuneflow.training import preflight
+from finetuneflow.training.objectives import smaller_batch
 from training.workbench import Bench, all_events, at, sums, write_rows
 
 PHASES = ("checking", "tokenizing", "loading", "training", "saving", "evaluating")
@@ -176,6 +177,13 @@ def test_a_batch_that_can_be_halved_is_not_refused_under_retry(bench: Bench, tin
     with pytest.raises(HardwareError) as raised:
         bench.train(**settings, training__oom="retry")
     assert raised.value.code == "MEMORY_WONT_FIT"
+
+
+def test_kto_is_not_halved_to_a_batch_its_loss_refuses(bench: Bench) -> None:
+    training = bench.config(training__batch_size=2).training
+    assert smaller_batch(training, least=2) is None
+    halved = smaller_batch(training, least=1)
+    assert halved is not None and (halved.batch_size, halved.effective_batch) == (1, training.effective_batch)
 
 
 # --- a prediction that cannot be made -----------------------------------------------------------------

@@ -27,6 +27,7 @@ from finetuneflow.data.prepare import Prepared, Recipe, prepare
 from finetuneflow.data.tokens import Policy, Supervise
 from finetuneflow.errors import FineTuneFlowError, ResumeError, TrainingError
 from finetuneflow.events import Emit
+from finetuneflow.knowledge.objectives import least_batch
 from finetuneflow.training.callbacks import Monitor, memory_now
 from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage, find_valid
 from finetuneflow.training.progress import Progress
@@ -169,7 +170,7 @@ def train_model(
             if not is_out_of_memory(error):
                 raise
             explained = explain_out_of_memory(error, training)
-            smaller = smaller_batch(training)
+            smaller = smaller_batch(training, least_batch(config))
             if training.oom == "stop" or smaller is None:
                 raise explained from error
         # Outside the handler: the exception, and with it every tensor of the failed step, is gone by now.
@@ -193,9 +194,9 @@ def _newest_checkpoint(run_dir: Path) -> Checkpoint | None:
         return None
 
 
-def smaller_batch(training: Training) -> Training | None:
-    """Half the micro-batch at the same effective batch, or None where it cannot be halved."""
-    if training.batch_size % 2:
+def smaller_batch(training: Training, least: int = 1) -> Training | None:
+    """Half the micro-batch at the same effective batch, or None where it cannot be halved without falling below `least`."""
+    if training.batch_size % 2 or training.batch_size // 2 < least:
         return None
     return training.model_copy(
         update={"batch_size": training.batch_size // 2, "gradient_accumulation": training.gradient_accumulation * 2}
