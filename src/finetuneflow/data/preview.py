@@ -57,7 +57,7 @@ class PreviewRow:
     @property
     def title(self) -> str:
         part = f", part {self.tokens.part + 1}" if self.tokens.part else ""
-        return f"{self.tokens.place}{part}" + (f" · {self.side}" if self.side else "")
+        return (f"{self.side} · " if self.side else "") + f"{self.tokens.place}{part}"  # first: a long path is cut at its end
 
     @property
     def counts(self) -> str:
