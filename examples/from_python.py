@@ -1,4 +1,4 @@
-"""The same from Python: train, measure, export."""
+"""The same from Python: train, measure, export. `conversations.jsonl` is a file of yours, in the folder the script runs in."""
 
 import finetuneflow as ftf
 

@@ -2,6 +2,10 @@
 # The four scripts of the MambaSWELU plan, as verbs:   bash steps.sh SHAREGPT OPENASSISTANT DOLLY [run.yaml] [SUITE]
 # Files may have any shape the data room reads; the shares are those of the plan (90k, 160k and 15k examples).
 set -euo pipefail
+if [ $# -lt 3 ]; then
+  echo "usage: bash steps.sh SHAREGPT OPENASSISTANT DOLLY [run.yaml] [SUITE]" >&2
+  exit 2
+fi
 sharegpt=$1 openassistant=$2 dolly=$3 run=${4:-run.yaml} suite=${5:-}
 
 # 1. prepare: one conversational set with weights, duplicates across the files left out
