@@ -9,7 +9,7 @@ import typer
 
 from finetuneflow.cli_options import Json, Set, WorkspaceDir
 from finetuneflow.errors import ConfigError
-from finetuneflow.workspace import Workspace
+from finetuneflow.workspace import Workspace, read_json_object
 
 if TYPE_CHECKING:
     from finetuneflow.config import Origin, RunConfig
@@ -485,7 +485,6 @@ def diff(a: Compared, b: Compared, workspace: WorkspaceDir = None, as_json: Json
 
 def _settings_of(text: str, workspace: Path | None) -> tuple[Any, int | None]:
     """(settings, training examples where known) of a run file, a run, a recipe or the defaults."""
-    import json
 
     from finetuneflow.config import RunConfig, load_config
     from finetuneflow.errors import StorageError
@@ -507,8 +506,5 @@ def _settings_of(text: str, workspace: Path | None) -> tuple[Any, int | None]:
             f"{text[:200]!r} is neither a run file, nor a run of this workspace, nor a recipe.",
             remedy="`ftf runs` lists the runs, `ftf recipes` the recipes.",
         ) from error
-    try:
-        manifest = json.loads((run_dir / "data" / "manifest.json").read_text())
-    except (OSError, ValueError):
-        manifest = {}
+    manifest = read_json_object(run_dir / "data" / "manifest.json")
     return load_config(run_dir / "run.yaml")[0], manifest.get("train_examples")

@@ -222,11 +222,13 @@ def _list_pipelines(place: Workspace, *, as_json: bool) -> None:
     for name in place.pipeline_names():
         try:
             found.append(pipeline_summary(place.pipelines_dir / name, runs=runs.get(name, {})))
-        except FineTuneFlowError as error:  # its file was damaged: listed as such, never hidden
-            path = str(place.pipelines_dir / name)
-            found.append(
-                {"pipeline": name, "path": path, "status": "damaged", "reason": error.message, "seconds": None, "stages": []}
+        except (FineTuneFlowError, AttributeError, KeyError, TypeError, ValueError) as error:
+            # A damaged file, or an event that nobody here wrote: listed as such, never hidden, and the others with it.
+            path, reason = (
+                str(place.pipelines_dir / name),
+                str(getattr(error, "message", f"its records cannot be read: {error!r}")),
             )
+            found.append({"pipeline": name, "path": path, "status": "damaged", "reason": reason, "seconds": None, "stages": []})
     if as_json:
         print_json(found)
     elif found:

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,8 +46,7 @@ def check_name(name: str, *, what: str = "a name") -> str:
 def safe_join(root: Path, *parts: str) -> Path:
     """Join untrusted relative parts below `root`; the result, links resolved, must stay there."""
     joined = root.joinpath(*parts)
-    resolved, resolved_root = joined.resolve(), root.resolve()
-    if any("\0" in part for part in parts) or not resolved.is_relative_to(resolved_root):
+    if any("\0" in part for part in parts) or not joined.resolve().is_relative_to(root.resolve()):
         raise StorageError(
             "STORAGE_BAD_NAME", f"The path {'/'.join(parts)[:120]!r} leaves its folder.", remedy="Use a name inside the folder."
         )
@@ -91,6 +90,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
                 os.unlink(temporary)
             raise
         sync_directory(path.parent)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object that we wrote; empty where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -265,9 +273,9 @@ class Workspace:
         """Create and return a fresh run folder `<name>-<date>-<n>` under `runs/`."""
         return _new_dir(self.runs_dir, name)
 
-    def new_pipeline_dir(self, name: str) -> Path:
-        """Create and return a fresh pipeline folder `<name>-<date>-<n>` under `pipelines/`."""
-        return _new_dir(self.pipelines_dir, name)
+    def new_pipeline_dir(self, name: str, *, taken: Container[str] = ()) -> Path:
+        """Create and return a fresh pipeline folder `<name>-<date>-<n>` under `pipelines/`, of a name that is not in `taken`."""
+        return _new_dir(self.pipelines_dir, name, taken)
 
     def run_dir(self, name_or_path: str | Path) -> Path:
         """The folder of an existing run: its name, a unique beginning of it, `latest`, or a path to it."""
@@ -314,7 +322,7 @@ def _by_age(folder: Path, first_file: str) -> list[str]:
     return [path.name for path in sorted(found, key=lambda path: ((path / first_file).stat().st_mtime_ns, path.name))]
 
 
-def _new_dir(folder: Path, name: str) -> Path:
+def _new_dir(folder: Path, name: str, taken: Container[str] = ()) -> Path:
     """A fresh folder `<name>-<date>-<n>`; two that start at once get different numbers."""
     check_name(name, what="a run name")
     stamp = datetime.now(UTC).strftime("%Y%m%d")
@@ -322,6 +330,8 @@ def _new_dir(folder: Path, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(1, 10_000):
             candidate = folder / f"{name}-{stamp}-{number:03d}"
+            if candidate.name in taken:
+                continue
             try:
                 candidate.mkdir()
                 return candidate

@@ -178,6 +178,9 @@ def folder(tmp_path: Path) -> Path:
         "def words(completion): return 'good'\n"
         "def none(completion): return None\n"
         "def other(text): return 1.0\n"
+        "def huge(completion): return 10**5000\n"
+        "def leaves(completion): raise SystemExit(0)\n"
+        "def late(completions): return (1 / len(c) for c in completions)\n"
         "def mixed(completion, prompts): return 1.0\n"
     )
     return tmp_path / "rewards"
@@ -192,6 +195,12 @@ def test_a_function_of_the_user_gets_what_it_asks_for(folder: Path, name: str, v
     assert found == values and all(type(value) is float for value in found)
 
 
+def test_a_file_of_rewards_may_hold_dataclasses(folder: Path) -> None:
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Pay:\n    sum: float\n"
+    (folder / "classes.py").write_text(text + "def f(completion): return Pay(2.0).sum\n")
+    assert reward("classes.py:f", reward_folder=str(folder)).score([PROMPT], ["yes"], [None]) == [2.0]
+
+
 @pytest.mark.parametrize(
     ("name", "row", "word"),
     [
@@ -200,6 +209,9 @@ def test_a_function_of_the_user_gets_what_it_asks_for(folder: Path, name: str, v
         ("words", "d:1", "good"),
         ("none", "d:1", "None"),
         ("few", None, "1 values for 2 answers"),
+        ("huge", "d:1", "something of type int"),
+        ("leaves", "d:1", "SystemExit"),
+        ("late", None, "ZeroDivisionError"),
     ],
 )
 def test_a_function_that_fails_is_named_with_the_row(folder: Path, name: str, row: str | None, word: str) -> None:
@@ -222,6 +234,8 @@ def test_a_function_that_fails_is_named_with_the_row(folder: Path, name: str, ro
         ("pay.py:other", "takes (text)"),
         ("pay.py:mixed", "takes (completion, prompts)"),
         ("broken.py:half", "SyntaxError"),
+        ("exit.py:half", "SystemExit"),
+        ("a\0.py:half", "outside the reward folder"),
     ],
 )
 def test_only_functions_of_files_in_the_folder_are_run(folder: Path, text: str, word: str) -> None:
@@ -229,6 +243,7 @@ def test_only_functions_of_files_in_the_folder_are_run(folder: Path, text: str, 
     outside.write_text("raise SystemExit('this file must not be run')")
     (folder / "link.py").symlink_to(outside)
     (folder / "broken.py").write_text("def half(:\n")
+    (folder / "exit.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(ConfigError) as caught:
         reward(text, reward_folder=str(folder))
     assert caught.value.code == "REWARD_INVALID" and word in caught.value.message

@@ -213,6 +213,16 @@ def test_a_reward_stage_is_passed_over_and_rewards_the_stage_that_names_it(line:
     assert named_run(line.bench.workspace, made.directory.name) == rl
 
 
+def test_runs_of_a_pipeline_that_was_deleted_are_not_taken_for_those_of_the_next(line: Line) -> None:
+    stage = line.two_stages()[0] | {"training": {"max_steps": 2}}
+    first = line.train(line.build(stage)).directory
+    left = result(first, "general")
+    shutil.rmtree(first)
+    second = line.train(line.build(stage | {"training": {"max_steps": 3}})).directory
+    assert second.name != first.name and result(second, "general") != left
+    assert json.loads((result(second, "general") / "metrics.json").read_text())["steps"] == 3
+
+
 def test_a_stage_alone_is_a_pipeline_too(line: Line) -> None:
     assert line.train(line.build(line.two_stages()[0])).status == "succeeded"
 

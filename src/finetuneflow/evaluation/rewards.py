@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,19 +86,28 @@ class Reward:
             found = list(values)
         except TypeError:
             found = [values]
+        except Exception as error:  # a generator runs only now
+            raise reward_failed(self.name, f"failed: {type(error).__name__}: {str(error)[:200]}", None) from error
         if len(found) != len(rows):
             raise reward_failed(self.name, f"returned {len(found)} values for {len(rows)} answers", None)
         for value, row in zip(found, rows, strict=True):
             if not _is_number(value):
-                raise reward_failed(self.name, f"returned {str(value)[:80]!r}, which is no finite number", row)
+                raise reward_failed(self.name, f"returned {_shown(value)}, which is no finite number", row)
         return [float(value) for value in found]
 
 
 def _is_number(value: Any) -> bool:
     try:
         return not isinstance(value, str) and math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except Exception:  # whatever the object of a stranger raises
         return False
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(str(value)[:80])
+    except Exception:  # a number of too many digits, or whatever the object of a stranger raises
+        return f"something of type {type(value).__name__}"
 
 
 def reward_failed(name: str, what: str, row: str | None) -> TrainingError:
@@ -248,9 +258,10 @@ def _function_of(path: Path, name: str, text: str) -> Callable[..., Any]:
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look up the module they are in
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that says exit must not end the run as if all were well
         raise _invalid(text, f"failed while {path.name} was read: {type(error).__name__}: {error}", where=str(path)) from error
     own = {key: value for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module_name}
     if name not in own:
@@ -278,7 +289,7 @@ def _calling(text: str, function: Callable[..., Any]) -> Scorer:
     def call(row: str | None, values: tuple[Any, ...]) -> Any:
         try:
             return function(**{name: value for name, value in zip(wanted, values, strict=True) if name in accepted})
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise reward_failed(text, f"failed: {type(error).__name__}: {str(error)[:200]}", row) from error
 
     def scorer(drawn: Drawn) -> Sequence[Any]:

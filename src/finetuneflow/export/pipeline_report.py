@@ -21,8 +21,8 @@ from finetuneflow.export.redact import Redactor
 from finetuneflow.export.text import cell, duration, inline, size, visible
 from finetuneflow.pipeline_config import BASE, Pipeline, read_pipeline
 from finetuneflow.training.lineage import read_lineage
-from finetuneflow.training.status import pipeline_summary, read_json_object, stage_runs
-from finetuneflow.workspace import write_atomic
+from finetuneflow.training.status import pipeline_summary, stage_runs
+from finetuneflow.workspace import read_json_object, write_atomic
 
 # Figures of an evaluation that are shown beside the loss, where an objective has them.
 SHOWN_FIGURES = ("accuracy", "reward", "kl")

@@ -9,7 +9,6 @@ it belongs to, and, once it ended, the hash of its own result: the whole family 
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ import finetuneflow
 from finetuneflow.config import RunConfig
 from finetuneflow.hardware import probe
 from finetuneflow.training.setup import Setup
-from finetuneflow.workspace import Workspace, sha256_file, sha256_json, source_digest, write_json
+from finetuneflow.workspace import Workspace, read_json_object, sha256_file, sha256_json, source_digest, write_json
 
 # Settings that may change between attempts: they shape neither the weights nor the log lines.
 FREE_SETTINGS = frozenset(
@@ -138,11 +137,7 @@ class Parent:
 
 def read_lineage(run_dir: Path) -> dict[str, Any]:
     """`lineage.json` of a run; empty where it has none, or none that can be read."""
-    try:
-        value = json.loads((run_dir / LINEAGE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_json_object(run_dir / LINEAGE_FILE)
 
 
 def record_start(run_dir: Path, config: RunConfig, workspace: Workspace, member: Membership | None = None) -> None:

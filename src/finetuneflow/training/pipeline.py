@@ -42,12 +42,12 @@ from finetuneflow.training.status import (
     forget_stop,
     pipeline_status,
     pipeline_summary,
-    read_json_object,
     request_stop,
     run_status,
+    runs_of_pipelines,
     stage_runs,
 )
-from finetuneflow.workspace import Workspace, directory_lock, write_atomic, write_json
+from finetuneflow.workspace import Workspace, directory_lock, read_json_object, write_atomic, write_json
 
 STATE_FILE = "state.json"
 
@@ -74,7 +74,8 @@ def train_pipeline(
     """
     workspace = workspace or Workspace()
     pipeline = checked(pipeline)
-    directory = workspace.new_pipeline_dir(pipeline.name)
+    # Whose folder was deleted may have left runs: its name stays taken, or they would pass for stages of this one.
+    directory = workspace.new_pipeline_dir(pipeline.name, taken=runs_of_pipelines(workspace))
     pipeline = with_kept_measures(pipeline, directory)
     write_atomic(directory / "pipeline.yaml", dump_pipeline(pipeline))
     on_start(directory)

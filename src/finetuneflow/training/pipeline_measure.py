@@ -17,7 +17,7 @@ from finetuneflow.events import metric_lines, read_events
 from finetuneflow.pipeline_config import BASE, BUNDLED, Pipeline, suite_label
 from finetuneflow.pipeline_gates import EVAL_FIGURES, Gate
 from finetuneflow.pipeline_stages import Stage
-from finetuneflow.training.status import read_json_object
+from finetuneflow.workspace import read_json_object
 
 
 def read_measures(pipeline: Pipeline) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from finetuneflow.errors import FineTuneFlowError, StorageError
 from finetuneflow.events import read_events
 from finetuneflow.pipeline_config import read_pipeline
 from finetuneflow.pipeline_stages import Stage
-from finetuneflow.workspace import Workspace, lock_owner, write_json
+from finetuneflow.workspace import Workspace, lock_owner, read_json_object, write_json
 
 STOP_FILE = "stop.json"
 ENDINGS = {"complete": "succeeded", "stopped": "stopped", "failed": "failed"}
@@ -167,15 +166,6 @@ def _stage_summary(stage: Stage, run_dir: Path | None, gates: dict[str, dict[str
     figures = {name: metrics.get(name) for name in ("steps", "train_runtime", "peak_memory_bytes", "eval_loss")}
     result = (lineage.get("result") or {}).get("sha256")
     return summary | {"run": run_dir.name, "status": status, **figures, "result_sha256": result}
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a run directory; empty where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def pipeline_dir(workspace: Workspace, text: str | Path) -> Path | None:
