@@ -295,6 +295,18 @@ def test_a_pipeline_from_train_to_export(ftf: Ftf, place: Path) -> None:
     assert ftf("resume", name, "--json").json["error_code"] == "RESUME_FINISHED"
 
 
+def test_a_reward_model_is_evaluated_by_the_verb_that_its_end_recommends(ftf: Ftf, place: Path, tiny: Path) -> None:
+    pairs = [{"prompt": f"{n} plus {n}?", "chosen": f"It is {2 * n}.", "rejected": "No."} for n in range(12)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    file = {"name": "judge", "model": {"base": str(tiny)}, "data": {"train": "pairs.jsonl", "max_length": 96}}
+    (place / "judge.yaml").write_text(yaml.safe_dump({**file, "training": {**FAST, "objective": "reward"}}))
+    assert "ftf evaluate judge" in (trained := ftf("train", "judge.yaml")).out and trained.code == 0
+    found = ftf("evaluate", "judge", "--data", "pairs.jsonl", "--json")
+    assert found.code == 0 and (found.json["preferences"]["by"], found.json["preferences"]["pairs"]) == ("reward", 12)
+    assert "12 pairs" in ftf("evaluate", "judge", "--data", "pairs.jsonl").out
+    assert ftf("evaluate", "judge", "--suite", "starter", "--json").json["error_code"] == "MODEL_SCORES_ONLY"
+
+
 def test_a_gate_ends_with_6_and_resume_accepts_it(ftf: Ftf, place: Path) -> None:
     shown = ftf("train", "p.yaml", "--set", 'stages.one.gate=["eval loss < 0.001"]')
     assert shown.code == 6 and "PIPELINE_GATE" in shown.err and "eval loss < 0.001" in shown.out and "--accept-gate" in shown.err
@@ -331,6 +343,20 @@ def test_a_pipeline_whose_file_is_damaged_is_listed_as_such(ftf: Ftf, place: Pat
     assert [(row["pipeline"], row["status"]) for row in ftf("runs", "--pipelines", "--json").json] == [(damaged.name, "damaged")]
     assert "damaged" in ftf("runs", "--pipelines").out
     assert ftf("resume", damaged.name, "--json").json["error_code"] == "CONFIG_UNREADABLE"
+
+
+@pytest.mark.parametrize(
+    "event", ['{"event": "gate", "stage": "one", "time": "2026-01-01T00:00:00"}', '{"event": "pipeline", "time": "x"}']
+)
+def test_an_event_that_makes_no_sense_hides_no_pipeline(ftf: Ftf, place: Path, event: str) -> None:
+    pipeline = dump_pipeline(load_pipeline(place / "p.yaml"))
+    for name, events in (("p-20260101-001", event), ("p-20260101-002", "")):
+        directory = place / "ws" / "pipelines" / name
+        directory.mkdir(parents=True)
+        (directory / "pipeline.yaml").write_text(pipeline)
+        (directory / "events.jsonl").write_text(events and event.replace("{", '{"seq": 1, ', 1) + "\n")
+    listed = {row["pipeline"]: row["status"] for row in ftf("runs", "--pipelines", "--json").json}
+    assert listed == {"p-20260101-001": "damaged", "p-20260101-002": "interrupted"}
 
 
 # --- real processes -----------------------------------------------------------------------------------------

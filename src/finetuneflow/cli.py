@@ -97,7 +97,7 @@ def evaluate(
     """Measure a model: loss, perplexity, scores of its answers, acceptance prompts."""
     from dataclasses import replace
 
-    from finetuneflow.evaluation.measure import Options, options_of_run
+    from finetuneflow.evaluation.measure import Options, objective_of, options_of_run
     from finetuneflow.evaluation.measure import evaluate as measure
     from finetuneflow.inference import load_generator
     from finetuneflow.terminal import print_json
@@ -107,8 +107,9 @@ def evaluate(
     run = Path(target) if (Path(target) / "run.yaml").is_file() else None
     settings = replace(options_of_run(run) if run else Options(), limit=limit, max_new_tokens=max_new_tokens)
     examples = data if data or run is None or suite else [run / "data" / "eval.jsonl"]
+    scoring = run is not None and objective_of(run) == "reward" and not (base or checkpoint or suite)  # it writes no answers
     result = measure(
-        load_generator(target, adapter=not base, checkpoint=checkpoint, module=module),
+        target if scoring else load_generator(target, adapter=not base, checkpoint=checkpoint, module=module),
         examples,
         name=name or ("base" if base else "evaluation"),
         suite=_suite(suite),

@@ -162,7 +162,7 @@ def data_preview(
         write_atomic(html, to_html(shown, title=f"{file.name} as {model} sees it"))
         say(f"Wrote {html}")
     else:
-        console.print(to_terminal(shown))
+        console.print(to_terminal(shown), soft_wrap=False)  # every token is shown, in a pipe as well: panels wrap
 
 
 @data_app.command("mix")

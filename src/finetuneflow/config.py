@@ -232,12 +232,12 @@ class Preference(Section):
         description="Variant of the loss. `auto`: sigmoid for dpo and cpo, kto for kto. cpo knows sigmoid, hinge and ipo; "
         "kto knows kto and apo_zero_unpaired; the others are variants of dpo.",
     )
-    beta: float = Field(
-        0.1,
+    beta: float | None = Field(
+        None,
         gt=0,
         le=10,
         description="How closely the policy is held to the reference; documented range 0.1 to 0.5. "
-        "orpo: weight of the odds ratio; simpo: scale of the rewards, 2 to 2.5 in its paper.",
+        "orpo: weight of the odds ratio; simpo: scale of the rewards, 2 to 2.5 in its paper. None: 0.1, and 2 for simpo.",
     )
     label_smoothing: float = Field(
         0.0, ge=0.0, lt=0.5, description="Share of pairs assumed to be labelled the wrong way round (dpo, cpo)."
@@ -253,6 +253,12 @@ class Preference(Section):
         "live",
         description="Log-probabilities of the reference: computed in every step, or once before training and kept on disk (dpo).",
     )
+
+    def beta_of(self, objective: str) -> float:
+        """The beta that is used. SimPO's scales mean log-probabilities per token, and needs 20 times that of sums (Meng et al. 2024)."""
+        if self.beta is not None:
+            return self.beta
+        return 2.0 if objective == "simpo" else 0.1
 
 
 # Values of `preference.loss` that an objective knows.

@@ -607,7 +607,7 @@ def _from_run(
         raise ModelError(
             "MODEL_SCORES_ONLY",
             f"{run.resolve().name} is a reward model: it scores answers and writes none.",
-            remedy="Evaluate it with `ftf evaluate`, or use it in a run as reinforcement.reward: model:FOLDER.",
+            remedy="Evaluate it with `ftf evaluate` on pairs, without a suite, or use it in a run as reinforcement.reward: model:FOLDER.",
         )
     module = module or kept_in(run, config.model.module)
     if options["dtype"] == "auto":

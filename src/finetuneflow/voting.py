@@ -58,4 +58,4 @@ def show(ballot: Ballot, number: int, target: Console) -> None:
     asked = "\n".join(f"{turn.role}: {turn.content}" for turn in ballot.question.prompt)
     target.print(Text(f"\n{number}. {clean(asked)}", style="bold"))
     for label, text in zip(("1", "2"), ballot.shown, strict=True):
-        target.print(Panel(Text(clean(text)), title=label, title_align="left"))
+        target.print(Panel(Text(clean(text)), title=label, title_align="left"), soft_wrap=False)

@@ -140,7 +140,9 @@ def test_the_preview_shows_both_sides_of_a_pair(ftf: Ftf, tmp_path: Path) -> Non
         assert row["ids"][: row["prompt_length"]] == shown["rows"][0]["ids"][: row["prompt_length"]]
     prompts = ftf("data", "preview", path, "--form", "prompt", "--json").json["rows"]
     assert [row["side"] for row in prompts] == ["prompt"] and prompts[0]["supervised"] == 0
-    assert "chosen" in ftf("data", "preview", path, "--form", "pair").out
+    path.write_text(json.dumps({"prompt": "Why? " * 60, "chosen": "So it is. " * 40 + "Right.", "rejected": "No."}) + "\n")
+    printed = ftf("data", "preview", path, "--form", "pair").out  # into a pipe: not a terminal
+    assert "chosen" in printed and "Right." in printed and printed.count("Why?") == 120
     assert [row["side"] for row in ftf("data", "preview", path, "--form", "rated", "--json").json["rows"]] == ["good", "bad"]
     chats = questions(tmp_path, 2)
     assert ftf("data", "preview", chats, "--form", "pair", "--json").json["error_code"] == "DATASET_NOTHING_USABLE"

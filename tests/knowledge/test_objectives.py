@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import weakref
 from dataclasses import replace
+from inspect import getsource
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +82,18 @@ def parts(run: RunConfig, kind: str = "cpu") -> dict[str, int]:
 
 
 def test_what_is_written_down_twice_is_the_same() -> None:
+    from trl import DPOTrainer
     from trl.kernels import chunked_logprob
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     from finetuneflow.training import ppo
-    from finetuneflow.training.preference import DPO_LOSSES
 
     assert (memory_heads.TILE_POSITIONS, memory_heads.TILE_COLUMNS) == (
         chunked_logprob.TOKEN_CHUNK_SIZE,
         _CHUNKED_LOGPROB_CHUNK_SIZE,
     )
     assert memory.DRAWN_TOGETHER == ppo.DRAWN_TOGETHER
-    assert set(LOSSES_OF["dpo"]) == DPO_LOSSES | {"auto"}
+    assert set(LOSSES_OF["dpo"]) == {"auto", *re.findall(r'loss_type == "(\w+)"', getsource(DPOTrainer))} - {"sft"}
     assert (preference_rules.LENGTH_RATIO, preference_rules.KTO_BALANCE) == (preferences.LENGTH_RATIO, preferences.KTO_BALANCE)
     assert RunConfig().training.learning_rate == DEFAULT_RATE
     known = {key for key, *_ in settings()}

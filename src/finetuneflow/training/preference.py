@@ -219,25 +219,6 @@ class CPO(WithoutReference):
 
 # --- building -----------------------------------------------------------------------------------------
 
-DPO_LOSSES = frozenset(
-    [
-        "sigmoid",
-        "ipo",
-        "hinge",
-        "robust",
-        "exo_pair",
-        "nca_pair",
-        "bco_pair",
-        "sppo_hard",
-        "aot",
-        "aot_unpaired",
-        "apo_zero",
-        "apo_down",
-        "discopop",
-        "sigmoid_norm",
-    ]
-)
-
 
 def preference_trainer(
     objective: str,
@@ -252,6 +233,7 @@ def preference_trainer(
 ) -> PreferenceTrainer:
     """The trainer of `objective`. `arguments`: those of `TrainingArguments`; `rows`: training and held-out rows;
     `reference`: a frozen model for dpo and kto without adapters, else None; `ours`: what `GuardedTrainer` takes."""
+    settings = settings.model_copy(update={"beta": settings.beta_of(objective)})
     shared = {"model": model, "train_rows": rows[0], "eval_rows": rows[1], "processing_class": tokenizer, **ours}
     pad = tokenizer.pad_token_id or 0  # any id will do where there is none: padding is masked
     with kept_precision(model):

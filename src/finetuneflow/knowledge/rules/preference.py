@@ -85,7 +85,8 @@ def preference_loss_unknown(s: Situation) -> Hit | None:
 
 @rule("PREFERENCE_BETA_UNUSUAL", "warning", "A beta outside the documented range")
 def preference_beta_unusual(s: Situation) -> Hit | None:
-    objective, beta = s.config.training.objective, s.config.preference.beta
+    objective = s.config.training.objective
+    beta = s.config.preference.beta_of(objective)
     if objective == "simpo" and beta < LOWEST_SIMPO_BETA:
         return Hit(
             "preference.beta",
