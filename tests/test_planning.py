@@ -21,7 +21,7 @@ from export.run_dir import make_run
 from finetuneflow import planning
 from finetuneflow.config import Data, build_config, dump_config
 from finetuneflow.data.examples import Example, to_examples
-from finetuneflow.data.forms import KINDS, Form
+from finetuneflow.data.forms import Form
 from finetuneflow.data.prepare import Recipe, prepare
 from finetuneflow.data.quality import inspect_files
 from finetuneflow.data.sources import read_rows
@@ -29,10 +29,8 @@ from finetuneflow.data.templates import resolve_template
 from finetuneflow.errors import DataError, FineTuneFlowError, ModelError
 from finetuneflow.hardware import Cpu, Gpu, Hardware, Memory, Torch
 from finetuneflow.knowledge import facts
-from finetuneflow.knowledge.objectives import TRAITS
 from finetuneflow.knowledge.values import DataFacts, Machine
 from finetuneflow.planning import base_model, sample
-from finetuneflow.training.objectives import OBJECTIVES
 from finetuneflow.workspace import Workspace, write_json
 from models.hub_standin import HubStandin, Repo
 from models.tiny import CHATML, save_tiny, tiny_config, tiny_tokenizer
@@ -389,13 +387,6 @@ def test_an_odd_endpoint_counts_as_no_hub(nowhere: Path, monkeypatch: pytest.Mon
 
 
 # --- data ---------------------------------------------------------------------------------------------
-
-
-def test_what_counts_is_what_the_objectives_take() -> None:
-    for name, objective in OBJECTIVES.items():
-        assert TRAITS[name].form == objective.form and TRAITS[name].family == objective.family, name
-    supervised = [objective for objective in OBJECTIVES.values() if objective.form == "supervised"]
-    assert all(objective.takes == KINDS["supervised"] for objective in supervised)
 
 
 def test_small_files_are_counted_exactly(tmp_path: Path) -> None:

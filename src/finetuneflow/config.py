@@ -386,19 +386,25 @@ class RunConfig(Section):
             found.append("method.modules_to_save has no effect with kind full (everything is trained): remove it.")
         return [*found, *self._objective_conflicts()]
 
+    def cannot_stack(self) -> bool:
+        """Whether stacking is asked for where it has no form; full fine-tuning merges whatever adapter it is given."""
+        if self.model.adapter is None or self.model.adapter_start != "stack":
+            return False
+        return (
+            self.method.kind not in ("lora", "full") or bool(self.method.modules_to_save) or self.training.objective == "reward"
+        )
+
     def _objective_conflicts(self) -> Iterator[str]:
         """Settings that the objective cannot be trained with."""
         training, method, drawn = self.training, self.method, self.reinforcement
         objective = training.objective
-        known = LOSSES_OF.get(objective, ("auto",))
-        if self.preference.loss not in known and objective in ("dpo", "kto", "cpo"):
-            yield f"preference.loss {self.preference.loss} is no loss of {objective}: choose {', '.join(known)}."
+        if objective in LOSSES_OF and self.preference.loss not in LOSSES_OF[objective]:
+            yield f"preference.loss {self.preference.loss} is no loss of {objective}: choose {', '.join(LOSSES_OF[objective])}."
         if objective == "kto" and training.batch_size < 2:
             yield "kto compares answers of different prompts within a micro-batch: set training.batch_size to 2 or more."
         if objective == "ppo" and method.kind == "prefix":
             yield "ppo needs an adapter inside the layers, which a trained prefix is not: use method.kind lora, or grpo."
-        stacked = self.model.adapter is not None and self.model.adapter_start == "stack"
-        if stacked and (method.kind not in ("lora", "full") or method.modules_to_save or objective == "reward"):
+        if self.cannot_stack():
             yield (
                 "model.adapter_start stack adds two plain LoRA adapters up: use it with method.kind lora, without modules_to_save, "
                 "for an objective other than reward; or continue, or merge."

@@ -106,6 +106,35 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def require_free(out: Path) -> None:
+    """Raise `STORAGE_EXISTS` where a new file or folder would replace anything but an empty folder."""
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise StorageError(
+            "STORAGE_EXISTS",
+            f"{out} exists already and is not overwritten.",
+            where=str(out),
+            remedy="Name another one, or remove it first.",
+        )
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write files into that becomes `out` when all are there, and vanishes on any error."""
+    with translate_os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
+        try:
+            yield stage
+            for path in stage.iterdir():
+                path.chmod(0o644)  # safetensors makes it 0600; another user or container may have to read it
+            stage.chmod(0o755)
+            os.replace(stage, out)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        sync_directory(out.parent)
+
+
 def sync_directory(directory: Path) -> None:
     """Make a rename in `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -90,7 +90,6 @@ CHANGES: dict[str, Callable[[Kitchen, Recipe], Recipe]] = {
     "evaluation limit": lambda kitchen, recipe: replace(recipe, eval_limit=2),
     "seed": lambda kitchen, recipe: replace(recipe, seed=7),
     "limit": lambda kitchen, recipe: replace(recipe, limit=20),
-    "kinds": lambda kitchen, recipe: replace(recipe, takes=frozenset({"chat"})),
     "length": lambda kitchen, recipe: replace(recipe, policy=Policy(max_length=100)),
     "supervised": lambda kitchen, recipe: replace(recipe, policy=Policy(supervise="all")),
     "form": lambda kitchen, recipe: replace(recipe, form="prompt"),

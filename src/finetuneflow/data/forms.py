@@ -1,6 +1,6 @@
 """Forms of training rows beside the supervised one: pairs, rated answers, and prompts to be answered by the model itself.
 
-Place in the flow: `preferences.as_form` -> **forms** -> Arrow files (`prepare`) and `ftf data preview --form`.
+Place in the flow: `preferences.FormReader` -> **forms** -> Arrow files (`prepare`) and `ftf data preview --form`.
 
     pair     a prompt with a preferred and a rejected ending   dpo, orpo, cpo, simpo, reward
     rated    a prompt with an answer and whether it is good    kto
@@ -43,7 +43,7 @@ from finetuneflow.errors import DataError
 
 Form = Literal["supervised", "pair", "rated", "prompt"]
 
-# What a form is made from, once ratings have become pairs or labels (`preferences.as_form`).
+# What a form is made from, once ratings have become pairs or labels (`preferences.FormReader`).
 KINDS: dict[Form, frozenset[Kind]] = {
     "supervised": frozenset({"chat", "text"}),
     "pair": frozenset({"preference"}),

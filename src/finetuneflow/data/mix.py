@@ -18,7 +18,7 @@ from typing import Any
 from finetuneflow.data.examples import Example, Kind, Mapping, Problem, to_examples, write_canonical
 from finetuneflow.data.similarity import exact_key, near_clusters
 from finetuneflow.data.sources import read_rows
-from finetuneflow.data.spool import Concatenation, Spool
+from finetuneflow.data.spool import Spool
 from finetuneflow.errors import ConfigError, DataError
 
 MIXED_KINDS: frozenset[Kind] = frozenset({"chat"})  # one conversational set
@@ -139,9 +139,7 @@ def _read_all(
 
 def _distinct(pools: Sequence[Spool], taken: Sequence[Taken], *, near: bool) -> list[list[int]]:
     """Per source the indices of examples that neither it nor an earlier source has already."""
-    together: Sequence[Example] = pools[0]
-    for pool in pools[1:]:
-        together = Concatenation(together, pool)
+    together = chain.from_iterable(pools)
     keys: Iterator[int] = iter(near_clusters(together) if near else (exact_key(example) for example in together))
     seen: set[int] = set()
     kept: list[list[int]] = []

@@ -17,12 +17,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetuneflow.data.examples import Example, Message, Problem, endings_of, prompt_of
 from finetuneflow.data.forms import Form, Sides, reference_answer
 from finetuneflow.data.similarity import answer_key, exact_key, prompt_key
 from finetuneflow.data.spool import Spool
+
+if TYPE_CHECKING:
+    from finetuneflow.config import Data
 
 # A problem with one of these codes is no fault of the row: it is set aside, and does not count against the threshold.
 SET_ASIDE = frozenset({"ROW_NO_PARTNER", "ROW_NO_PREFERENCE"})
@@ -43,6 +46,11 @@ class Pairing:
     good_rating: float | None = None
     pairs: Literal["best", "adjacent"] = "best"
     max_pairs_per_prompt: int = 4
+
+    @classmethod
+    def of(cls, data: Data) -> Pairing:
+        """As a run file's section says."""
+        return cls(data.min_rating_gap, data.good_rating, data.rating_pairs, data.max_pairs_per_prompt)
 
 
 class FormReader:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import psutil
 
-from finetuneflow.data.examples import Example, Kind, Mapping, Problem, to_examples, write_canonical
+from finetuneflow.data.examples import Example, Mapping, Problem, to_examples, write_canonical
 from finetuneflow.data.forms import KINDS, Form, prompt_fields, schema, side_fields, tokenize_prompts, tokenize_sides
 from finetuneflow.data.preferences import (
     SET_ASIDE,
@@ -52,7 +52,7 @@ BUILDING = ".building-"  # beginning of the name of a folder that is being fille
 class Recipe:
     """What to read and how: the part of a run's configuration that shapes its tokens.
 
-    `takes` is asked for supervised rows only; other forms take what `forms.KINDS` says. `rated_weights` are those of good
+    `form` says what the rows are made of (`forms.KINDS`). `rated_weights` are those of good
     and bad answers; they shape no token, but the warning about their balance. `replay_share` of the training examples come
     from the `replay` files (supervised rows only).
     """
@@ -66,7 +66,6 @@ class Recipe:
     encoding: str | None = None
     limit: int | None = None
     reject_threshold: float = 0.1
-    takes: frozenset[Kind] = frozenset({"chat", "text"})
     policy: Policy = field(default_factory=Policy)
     seed: int = 42
     form: Form = "supervised"
@@ -74,11 +73,6 @@ class Recipe:
     rated_weights: tuple[float, float] = (1.0, 1.0)
     replay: tuple[str, ...] = ()
     replay_share: float = 0.1
-
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """Kinds of examples that are used."""
-        return self.takes if self.form == "supervised" else KINDS[self.form]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +110,7 @@ class Prepared:
 def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir: Path, emit: Emit) -> Prepared:
     """The tokens of `recipe`, from the cache or made now. Raises `DataError` where nothing could be trained on."""
     files = {name: _fingerprint(Path(name)) for name in (*recipe.train, *recipe.eval, *recipe.replay)}
-    shaping = {k: v for k, v in asdict(recipe).items() if k not in ("train", "eval", "replay", "takes", "rated_weights")}
+    shaping = {k: v for k, v in asdict(recipe).items() if k not in ("train", "eval", "replay", "rated_weights")}
     digest = sha256_json(
         {
             # by name too: manifest and row places name the files
@@ -124,7 +118,6 @@ def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir
             "eval": [[name, files[name]["sha256"]] for name in recipe.eval],
             "replay": [[name, files[name]["sha256"]] for name in recipe.replay],
             "recipe": shaping,
-            "takes": sorted(recipe.kinds),
             "template": template.digest,
             "tokenizer": tokenizer_digest,
             "code": source_digest("data"),
@@ -226,7 +219,7 @@ def _read(names: Sequence[str], recipe: Recipe, spool_dir: Path) -> _Read:
     for item in reader.read(_items(names, recipe)):
         if isinstance(item, Problem):
             found.reject(item)
-        elif item.kind in recipe.kinds:
+        elif item.kind in KINDS[recipe.form]:
             found.examples.append(item)
         else:
             found.unsuited[item.kind] += 1

@@ -7,7 +7,7 @@ group (same document, same conversation tree; where asked, same prompt) fall on 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -56,7 +56,7 @@ def split(examples: Sequence[Example], *, eval_fraction: float, seed: int, by_pr
         return Split(tuple(range(len(examples))), (), len(examples))
     alike = near_clusters(examples)
     if by_prompt:
-        alike = _with_prompts(examples, alike)
+        alike = _joined(alike, map(prompt_key, examples))
     clusters, warnings = _clusters(examples, alike)
     if len(clusters) < 2:
         raise DataError(
@@ -77,7 +77,7 @@ def split(examples: Sequence[Example], *, eval_fraction: float, seed: int, by_pr
 
 def _clusters(examples: Sequence[Example], alike: list[int]) -> tuple[list[list[int]], list[str]]:
     """Index lists that must stay together. Groups are given up, with a warning, when they leave nothing to hold out."""
-    grouped = _members(_with_groups(examples, alike))
+    grouped = _members(_joined(alike, (example.group for example in examples)))
     if len(grouped) >= 2:
         return grouped, []
     ungrouped = _members(alike)
@@ -88,25 +88,14 @@ def _clusters(examples: Sequence[Example], alike: list[int]) -> tuple[list[list[
     ]
 
 
-def _with_groups(examples: Sequence[Example], alike: list[int]) -> list[int]:
+def _joined(alike: list[int], keys: Iterable[Hashable]) -> list[int]:
+    """Clusters that also hold together whatever has the same key; None joins nothing."""
     union = Union(len(alike))
-    first_of_group: dict[str, int] = {}
-    for index, root in enumerate(alike):
+    first_of_key: dict[Hashable, int] = {}
+    for index, (root, key) in enumerate(zip(alike, keys, strict=True)):
         union.join(index, root)
-        group = examples[index].group
-        if group is not None:
-            union.join(index, first_of_group.setdefault(group, index))
-    return union.roots()
-
-
-def _with_prompts(examples: Sequence[Example], alike: list[int]) -> list[int]:
-    union = Union(len(alike))
-    first_of_prompt: dict[int, int] = {}
-    for index, root in enumerate(alike):
-        union.join(index, root)
-        key = prompt_key(examples[index])
         if key is not None:
-            union.join(index, first_of_prompt.setdefault(key, index))
+            union.join(index, first_of_key.setdefault(key, index))
     return union.roots()
 
 

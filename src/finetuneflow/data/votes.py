@@ -7,7 +7,7 @@
      "time":    "2026-01-31T12:00:00+00:00",
      "comment": "…", "tools": […]}                  both optional
 
-Place in the flow: `ftf compare --votes` and `ftf chat --votes` write it, `shapes.read_vote` reads it as preferences. A line
+Place in the flow: `ftf compare --votes` and `ftf chat --votes` write it, `preference_shapes.read_vote` reads it as preferences. A line
 is written whole and synced before the next question; a line torn by a full disk is passed over and the next one begins anew.
 """
 

@@ -186,13 +186,14 @@ def objective_of(run: Path) -> str:
 def options_of_run(run: Path) -> Options:
     """The evaluation settings a run was made with."""
     from finetuneflow.config import load_config
+    from finetuneflow.knowledge.objectives import supervise_of
 
     config, _ = load_config(run / "run.yaml")
     return Options(
         samples=config.evaluation.samples,
         max_new_tokens=config.evaluation.max_new_tokens,
         max_length=config.data.max_length,
-        supervise="all" if config.training.objective == "pretrain" else config.data.supervise,
+        supervise=supervise_of(config),
     )
 
 

@@ -175,31 +175,32 @@ class NextRun:
         return asdict(self)
 
 
-def after_failure(config: RunConfig, metrics: Mapping[str, Any]) -> list[NextRun]:
+def after_failure(config: RunConfig, metrics: Mapping[str, Any], *, fresh: bool = False) -> list[NextRun]:
     """What to change after a finished run, from the figures in its `metrics.json`, most telling first.
 
+    `fresh`: the base had random weights, and was trained at another rate.
     Empty where the acceptance prompts were passed, or nothing speaks against the run. Never raises for odd values.
     """
     share = _number(metrics.get("suite_pass_share"))
-    failed = share is not None and share < GOOD_SHARE
-    if share is not None and not failed:
+    if share is not None and share >= GOOD_SHARE:
         return []
+    rate = resolve_on(config, "cpu", bf16=False, fresh=fresh).learning_rate  # the same on every device
     losses = _curve(metrics.get("eval_loss_curve")) or _curve(metrics.get("train_loss_curve"))
-    found = [*_by_curve(config, losses)]
-    if failed:
-        found += _by_suite(config, metrics, share or 0.0)
+    found = [*_by_curve(rate, losses)]
+    if share is not None:
+        found += _by_suite(rate, metrics, share)
     kept: dict[str, NextRun] = {}
     for item in found:
         kept.setdefault(item.text, item)
     return list(kept.values())
 
 
-def _by_curve(config: RunConfig, losses: list[float]) -> Iterator[NextRun]:
+def _by_curve(rate: float, losses: list[float]) -> Iterator[NextRun]:
     if len(losses) < FEWEST_POINTS:
         return
     lowest, last, third = min(losses), losses[-1], losses[-max(2, len(losses) // 3) :]
     if last > RISES * lowest > 0:
-        yield _half_rate(config, f"The loss rose again, from {lowest:.3f} to {last:.3f}: the rate is too high.")
+        yield _half_rate(rate, f"The loss rose again, from {lowest:.3f} to {last:.3f}: the rate is too high.")
     elif lowest > 0 and max(third) - min(third) < STANDS * lowest:
         yield NextRun(
             "Take other or more data; further steps on these will hardly help.",
@@ -207,9 +208,9 @@ def _by_curve(config: RunConfig, losses: list[float]) -> Iterator[NextRun]:
         )
 
 
-def _by_suite(config: RunConfig, metrics: Mapping[str, Any], share: float) -> Iterator[NextRun]:
+def _by_suite(rate: float, metrics: Mapping[str, Any], share: float) -> Iterator[NextRun]:
     failed = f"{100 * share:.0f} % of the acceptance prompts were passed"
-    yield _half_rate(config, f"{failed}.")
+    yield _half_rate(rate, f"{failed}.")
     steps = int(_number(metrics.get("steps")) or 0)
     if 0 < steps < MOST_STEPS:
         more = min(2 * steps, MOST_STEPS)
@@ -224,9 +225,8 @@ def _by_suite(config: RunConfig, metrics: Mapping[str, Any], share: float) -> It
     )
 
 
-def _half_rate(config: RunConfig, reason: str) -> NextRun:
-    rate = resolve_on(config, "cpu", bf16=False).learning_rate / 2  # the same on every device
-    return NextRun(f"Halve the learning rate, to {rate:g}.", reason, {"training.learning_rate": rate})
+def _half_rate(rate: float, reason: str) -> NextRun:
+    return NextRun(f"Halve the learning rate, to {rate / 2:g}.", reason, {"training.learning_rate": rate / 2})
 
 
 def _curve(value: Any) -> list[float]:

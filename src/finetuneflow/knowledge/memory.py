@@ -32,7 +32,7 @@ from finetuneflow.knowledge.memory_phases import (
     parts_of,
     weight_bytes,
 )
-from finetuneflow.knowledge.objectives import reference_of, reward_models, traits_of
+from finetuneflow.knowledge.objectives import reference_of, reward_models, supervise_of, traits_of
 from finetuneflow.knowledge.resolve import Resolved, resolve
 from finetuneflow.knowledge.shapes.shape import ModelShape, kv_cache_bytes
 from finetuneflow.knowledge.values import DataFacts, Machine
@@ -181,8 +181,11 @@ def workload_of(config: RunConfig, data: DataFacts | None = None) -> Workload:
 
 def _supervised(config: RunConfig, data: DataFacts | None) -> float:
     """Share of the tokens that are in the loss."""
-    everything = config.training.objective == "pretrain" or config.data.supervise == "all"
-    if (everything and traits_of(config).form == "supervised") or data is None or data.supervised_share is None:
+    if (
+        (supervise_of(config) == "all" and traits_of(config).form == "supervised")
+        or data is None
+        or data.supervised_share is None
+    ):
         return 1.0
     share = data.supervised_share
     return min(max(share, 0.0), 1.0) if math.isfinite(share) else 1.0

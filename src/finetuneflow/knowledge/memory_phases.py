@@ -46,7 +46,6 @@ MIN_8BIT_SIZE, OPTIMIZER_BLOCK, MIN_PAGED_SIZE = 4096, 256, 100_000
 # NF4 (Dettmers et al. 2023, section 3): blocks of 64 with an fp32 constant, 4.5 bits; the constants in 8 bits, with an fp32
 # constant per 256 of them, 4.127 bits.
 NF4_BITS = {False: 4 + 32 / 64, True: 4 + 8 / 64 + 32 / (64 * 256)}
-WEIGHT_BYTES = {**TYPE_BYTES, "nf4": NF4_BITS[True] / 8, "int8": 1.0}
 COLLATOR_MULTIPLE = 8  # batches are padded to a multiple of this width
 
 

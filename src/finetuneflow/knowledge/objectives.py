@@ -1,7 +1,4 @@
-"""What sets the objectives apart where memory, time and rates are concerned. The one home of these facts before a run.
-
-`training/objectives.py` holds who trains on what; a test compares the two.
-"""
+"""What sets the objectives apart: the form of their rows, who trains on them, what is in memory. The one home of these facts."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ Reference = Literal["none", "base", "adapter", "model"]
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """`reference`: the objective is measured against weights that stay as they were. `dropout`: the method's dropout is applied."""
+    """`family`: who trains on the rows; `form`: what examples become. `reference`: the objective is measured against weights that stay as they were. `dropout`: the method's dropout is applied."""
 
     family: Family = "supervised"
     form: Form = "supervised"
@@ -61,6 +58,11 @@ TRAITS: dict[str, Traits] = {
 
 def traits_of(config: RunConfig) -> Traits:
     return TRAITS[config.training.objective]
+
+
+def supervise_of(config: RunConfig) -> Literal["assistant", "last", "all"]:
+    """Which tokens of a supervised row are in the loss: pre-training learns all of them, whatever `data.supervise` says."""
+    return "all" if config.training.objective == "pretrain" else config.data.supervise
 
 
 def reference_of(config: RunConfig) -> Reference:

@@ -31,7 +31,6 @@ from finetuneflow.models.targets import (
 
 AdapterKind = Literal["full", "lora", "qlora", "dora", "rslora", "ia3", "prefix"]
 MERGEABLE = ("LORA", "IA3")
-LOW_RANK_KINDS = ("lora", "qlora", "dora", "rslora")
 
 TRAINED = "default"  # the adapter that is trained and saved, among others that may be loaded beside it
 REFERENCE = "ref"  # a frozen adapter that preferences are measured against (the name that TRL looks for)

@@ -15,7 +15,6 @@ import contextlib
 import os
 import pickle
 import re
-import shutil
 import tempfile
 import zipfile
 from collections import Counter
@@ -30,7 +29,7 @@ from finetuneflow.errors import ModelError, StorageError
 from finetuneflow.models.mamba_swelu import MODEL_TYPE, MambaSWELUConfig, MambaSWELUForCausalLM
 from finetuneflow.models.screening import SINGLE_NAME, corrupt, read_json, read_model_config, weight_files
 from finetuneflow.models.tokenizer import load_tokenizer
-from finetuneflow.workspace import sync_directory, translate_os_errors, write_json
+from finetuneflow.workspace import new_folder, require_free, sync_directory, translate_os_errors, write_json
 
 State = dict[str, torch.Tensor]
 
@@ -78,7 +77,7 @@ def convert_from_original(checkpoint: Path, out: Path, *, tokenizer: Path | None
     `tokenizer`: a folder with the GPT-2 tokenizer (or whichever the model was trained with), copied beside the weights.
     Raises `ModelError`: MODEL_NOT_FOUND, MODEL_PICKLE, MODEL_CORRUPT, MODEL_NO_TOKENIZER; `StorageError`.
     """
-    _require_free(out)
+    require_free(out)
     payload = load_checkpoint(checkpoint)
     state, saved, notes = _parts(checkpoint, payload)
     config = infer_config(state, where=checkpoint)
@@ -86,7 +85,7 @@ def convert_from_original(checkpoint: Path, out: Path, *, tokenizer: Path | None
     _require_fitting(state, config, where=checkpoint)
     notes += _remarks(state)
     step = payload.get("global_step")
-    with _staged(out) as stage:
+    with new_folder(out) as stage:
         if tokenizer is not None:
             notes += _copy_tokenizer(tokenizer, stage, config)
         else:
@@ -111,7 +110,7 @@ def convert_to_original(folder: Path, out: Path, *, step: int | None = None) -> 
 
     `step` is the global step to note; without it, the one of the checkpoint the folder was made from, if it was.
     """
-    _require_free(out)
+    require_free(out)
     config, state = read_folder(folder)
     payload = to_original(state, config, step=step if step is not None else _recorded_step(folder))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -406,29 +405,6 @@ def _require_same(written: Mapping[str, torch.Tensor], read: Mapping[str, torch.
             where=str(where),
             remedy="Write to another disk and check this one.",
         )
-
-
-def _require_free(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise StorageError(
-            "STORAGE_EXISTS", f"{out} exists already and is not overwritten.", where=str(out), remedy="Choose another name."
-        )
-
-
-@contextlib.contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """An empty folder to build in; it becomes `out` at the end, and vanishes on any error."""
-    with translate_os_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            stage.chmod(0o755)
-            yield stage
-            os.replace(stage, out)
-        except BaseException:
-            shutil.rmtree(stage, ignore_errors=True)
-            raise
-        sync_directory(out.parent)
 
 
 @contextlib.contextmanager

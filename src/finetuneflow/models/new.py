@@ -6,18 +6,16 @@ import contextlib
 import difflib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetuneflow.errors import ConfigError, ModelError, StorageError
+from finetuneflow.errors import ConfigError, ModelError
 from finetuneflow.models import own
 from finetuneflow.models.source import STARTER, ModelSource, tokenizer_folder
 from finetuneflow.models.tokenizer import load_tokenizer, quiet_transformers
 from finetuneflow.models.trial import check_model
-from finetuneflow.workspace import translate_os_errors, write_json
+from finetuneflow.workspace import new_folder, require_free, write_json
 
 STATED_SHAPE = "ftf_shape.json"  # what a module's `ftf_shape` says, as data: plans read it and run no code
 FRESH = "ftf_new.json"  # says that a folder's weights are random; what is trained from it is saved without
@@ -38,12 +36,12 @@ def new_model(
     The same seed and settings give the same weights. Raises `StorageError` (STORAGE_EXISTS), `ConfigError`, `ModelError`.
     """
     config_class, module = _classes(architecture)
-    _require_free(out)
+    require_free(out)
     folder, own_code = tokenizer_folder(ModelSource(tokenizer))
     tokens, _ = load_tokenizer(folder, run_own_code=own_code)
     config = _configuration(config_class, settings or {}, tokens, str(architecture))
     model = _initialised(config, seed, module)
-    with _filled(out) as stage, quiet_transformers():
+    with new_folder(out) as stage, quiet_transformers():
         model.save_pretrained(stage)
         tokens.save_pretrained(stage)
         stated = None if module is None else module.shape_of(json.loads((stage / "config.json").read_text(encoding="utf-8")))
@@ -75,11 +73,6 @@ def _classes(architecture: str | Path) -> tuple[Any, own.OwnArchitecture | None]
         return CONFIG_MAPPING[str(architecture)], None
     module = own.provide(architecture)
     return module.config_class, module
-
-
-def _require_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError("STORAGE_EXISTS", f"{out} exists already and is not empty.", remedy="Name a new folder with --out.")
 
 
 def _configuration(config_class: Any, settings: Mapping[str, Any], tokens: Any, architecture: str) -> Any:
@@ -145,23 +138,3 @@ def _initialised(config: Any, seed: int, module: own.OwnArchitecture | None) -> 
     if module is not None:
         check_model(model, module)
     return model
-
-
-@contextlib.contextmanager
-def _filled(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out` when all is there, and vanishes on an error."""
-    with translate_os_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        with translate_os_errors(out):
-            yield stage
-            for path in stage.iterdir():
-                path.chmod(0o644)  # safetensors writes 0600
-            stage.chmod(0o755)
-            if out.is_dir():
-                out.rmdir()
-            stage.rename(out)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise

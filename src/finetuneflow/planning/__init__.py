@@ -26,11 +26,12 @@ from finetuneflow.knowledge.cost import Cost, Efficiency, efficiency_from, estim
 from finetuneflow.knowledge.explain import Diagnosis, diagnose
 from finetuneflow.knowledge.lint import check
 from finetuneflow.knowledge.memory import correction_from
-from finetuneflow.knowledge.objectives import traits_of
+from finetuneflow.knowledge.objectives import supervise_of, traits_of
 from finetuneflow.knowledge.outcome import compare
 from finetuneflow.knowledge.recommend import Plan, options
 from finetuneflow.knowledge.situation import Finding, Situation, completed
 from finetuneflow.knowledge.values import DataFacts, Device, Machine
+from finetuneflow.models.new import is_fresh
 from finetuneflow.planning.base_model import BaseModel, look_at_model, read_json
 from finetuneflow.planning.sample import load_tokenizer, look_at_data
 from finetuneflow.training.status import run_status
@@ -109,9 +110,9 @@ def look(
         machine = facts.machine_named(gpu, count) if gpu else machine_here(device=config.training.device)
     base = look_at_model(model or config.model.base, revision=config.model.revision, network=network)
     tokenizer = load_tokenizer(base.folder)
-    supervise = "all" if config.training.objective == "pretrain" else config.data.supervise
-    form = traits_of(config).form
-    data, notes = look_at_data(config.data, tokenizer, supervise=supervise, seed=config.training.seed, form=form)
+    data, notes = look_at_data(
+        config.data, tokenizer, supervise=supervise_of(config), seed=config.training.seed, form=traits_of(config).form
+    )
     learned = learn(workspace or Workspace(), machine)
     described = base.facts if tokenizer is None else replace(base.facts, vocabulary_size=tokenizer.get_vocab_size())
     added = None if tokenizer is None else frozenset(token.content for token in tokenizer.get_added_tokens_decoder().values())
@@ -237,7 +238,8 @@ def next_runs(run_dir: Path) -> list[NextRun]:
     if metrics is None:
         return []
     with contextlib.suppress(FineTuneFlowError):
-        return after_failure(load_config(run_dir / "run.yaml")[0], metrics)
+        config = load_config(run_dir / "run.yaml")[0]
+        return after_failure(config, metrics, fresh=is_fresh(config.model.base))
     return []
 
 

@@ -202,7 +202,7 @@ def _sample_file(path: Path, data: Data, limit: int | None, seconds: float, form
     mapping = Columns(**data.mapping) if data.mapping else None
     several = form in ("pair", "rated")
     items = to_examples(reading.rows(), mapping, tree_paths=data.tree_paths, several_answers=several)
-    for item in FormReader(form, _pairing(data)).read(items):
+    for item in FormReader(form, Pairing.of(data)).read(items):
         if isinstance(item, Problem):
             part.rejected += item.code not in SET_ASIDE
         elif item.kind in KINDS[form]:
@@ -213,10 +213,6 @@ def _sample_file(path: Path, data: Data, limit: int | None, seconds: float, form
             return part  # the run reads no further either
     part.share = reading.share()
     return part
-
-
-def _pairing(data: Data) -> Pairing:
-    return Pairing(data.min_rating_gap, data.good_rating, data.rating_pairs, data.max_pairs_per_prompt)
 
 
 @dataclass(slots=True)

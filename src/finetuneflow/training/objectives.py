@@ -1,7 +1,7 @@
 """What is trained on what: from a configuration to tokens, a model, a trainer and a saved result.
 
-`run.py` calls these in order. An objective is a row of `OBJECTIVES`: which examples it takes, in which form, and who trains
-on them; everything else is shared. `start.py` holds the model a run starts from.
+`run.py` calls these in order. What sets an objective apart stands in `knowledge/objectives.py`: the form of its rows, and the
+family that says who trains on them; everything else is shared. `start.py` holds the model a run starts from.
 """
 
 from __future__ import annotations
@@ -14,60 +14,24 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from finetuneflow.config import RunConfig, Training
-from finetuneflow.data.examples import Kind
-from finetuneflow.data.forms import Form
 from finetuneflow.data.preferences import Pairing
 from finetuneflow.data.prepare import Prepared, Recipe, prepare
-from finetuneflow.data.tokens import Policy, Supervise
+from finetuneflow.data.tokens import Policy
 from finetuneflow.errors import FineTuneFlowError, ResumeError, TrainingError
 from finetuneflow.events import Emit
-from finetuneflow.knowledge.objectives import least_batch
+from finetuneflow.knowledge.objectives import least_batch, supervise_of, traits_of
 from finetuneflow.training.callbacks import Monitor, memory_now
 from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage, find_valid
 from finetuneflow.training.progress import Progress
 from finetuneflow.training.setup import Setup
 from finetuneflow.training.start import Started, adapter_folder, model_source, shaping_files, start_model
 from finetuneflow.workspace import Workspace, require_free_bytes, sha256_json, translate_os_errors, write_json
-
-Family = Literal["supervised", "preference", "group", "ppo"]
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """`takes`: kinds of examples it can use; `form`: what rows they become; `family`: who trains on them.
-
-    `supervise` overrides `data.supervise` where only one choice makes sense.
-    """
-
-    takes: frozenset[Kind]
-    form: Form = "supervised"
-    family: Family = "supervised"
-    supervise: Supervise | None = None
-
-
-_PAIRS = Objective(frozenset({"preference"}), form="pair", family="preference")
-_PROMPTS = Objective(frozenset({"chat", "preference", "unpaired"}), form="prompt", family="group")
-
-OBJECTIVES: dict[str, Objective] = {
-    "sft": Objective(frozenset({"chat", "text"})),
-    "pretrain": Objective(frozenset({"chat", "text"}), supervise="all"),
-    "dpo": _PAIRS,
-    "orpo": _PAIRS,
-    "cpo": _PAIRS,
-    "simpo": _PAIRS,
-    "kto": Objective(frozenset({"unpaired", "preference"}), form="rated", family="preference"),
-    "reward": _PAIRS,
-    "grpo": _PROMPTS,
-    "rloo": _PROMPTS,
-    "ppo": replace(_PROMPTS, family="ppo"),
-}
-
 
 # --- data, tokenizer, template ------------------------------------------------------------------------
 
@@ -111,7 +75,6 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
     template = resolve_template(tokenizer, config.data.template, consent=config.data.template_consent)
     for note in (*snapshot.notes, *notes, *template.notes):
         emit("decision", setting="model.base", value=config.model.base, reason=note)
-    objective = OBJECTIVES[config.training.objective]
     data = config.data
     recipe = Recipe(
         train=tuple(data.train),
@@ -123,13 +86,12 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
         encoding=data.encoding,
         limit=data.limit,
         reject_threshold=data.reject_threshold,
-        takes=objective.takes,
-        form=objective.form,
-        pairing=Pairing(data.min_rating_gap, data.good_rating, data.rating_pairs, data.max_pairs_per_prompt),
+        form=traits_of(config).form,
+        pairing=Pairing.of(data),
         rated_weights=(config.preference.desirable_weight, config.preference.undesirable_weight),
         replay=tuple(data.replay),
         replay_share=data.replay_share,
-        policy=Policy(supervise=objective.supervise or data.supervise, max_length=data.max_length, overlong=data.overlong),
+        policy=Policy(supervise=supervise_of(config), max_length=data.max_length, overlong=data.overlong),
         seed=config.training.seed,
     )
     tokenizer_digest = sha256_json([tokenizer.backend_tokenizer.to_str(), sorted(map(str, tokenizer.special_tokens_map.items()))])
@@ -231,7 +193,7 @@ def _train_once(
     trainer = build_trainer(config, training, setup, materials, started, monitor, run_dir, emit)
     counts = trainable_parameters(model)
     _require_disk(run_dir, counts.trainable)
-    draws = OBJECTIVES[training.objective].form == "prompt"  # answers are drawn first: the longest step is not known yet
+    draws = traits_of(config).draws  # answers are drawn first: the longest step is not known yet
     if (setup.device == "cuda" or training.oom == "retry") and not draws:
         try_longest_batch(trainer)
     emit("phase", name="training", trainable_parameters=counts.trainable, total_parameters=counts.total)
@@ -281,7 +243,7 @@ def build_trainer(
         "places": prepared.place,
     }
     arguments = trainer_arguments(training, setup, run_dir)
-    family = OBJECTIVES[training.objective].family
+    family = traits_of(config).family
     if family == "ppo":
         return _ppo_trainer(config, training, setup, materials, started, monitor, run_dir)
     if family == "preference":

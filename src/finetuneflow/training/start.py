@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from finetuneflow.config import RunConfig
 from finetuneflow.errors import ModelError
 from finetuneflow.events import Emit
+from finetuneflow.knowledge.objectives import reference_of
 from finetuneflow.training.setup import Setup
 from finetuneflow.workspace import Workspace, sha256_file
 
@@ -139,21 +140,13 @@ def start_model(config: RunConfig, setup: Setup, tokenizer: Any, base_commit: st
     model = _with_adapter(model, config, base_commit, emit)
     model.config.use_cache = False  # keys and values of past tokens are of no use in training
     reference = None
-    if method.kind == "full" and needs_reference(config):
+    if reference_of(config) == "model":
         reference = load().model
         if config.model.adapter is not None:
             reference = _merged(reference, config, emit=None)
         reference.requires_grad_(False).eval()
         reference.config.use_cache = False
     return Started(model, reference)
-
-
-def needs_reference(config: RunConfig) -> bool:
-    """Whether the objective is measured against weights that stay as they were."""
-    objective = config.training.objective
-    if objective in ("grpo", "rloo"):
-        return config.reinforcement.kl_coefficient > 0
-    return objective in ("dpo", "kto", "ppo")
 
 
 def _with_adapter(model: Any, config: RunConfig, base_commit: str | None, emit: Emit) -> Any:

@@ -162,14 +162,11 @@ def preference_before_tuning(s: Situation, model: ModelFacts) -> Hit | None:
 
 @rule("STACK_NOT_POSSIBLE", "error", "Adapters of kinds that cannot be added up")
 def stack_not_possible(s: Situation) -> Hit | None:
-    config = s.config
-    if config.model.adapter is None or config.model.adapter_start != "stack":
+    if not s.config.cannot_stack():
         return None
-    kind = config.method.kind
-    scored = config.training.objective == "reward"
-    if kind == "full" or (kind == "lora" and not config.method.modules_to_save and not scored):
-        return None
-    what = f"method {kind}" if kind != "lora" else "objective reward" if scored else "modules_to_save"
+    kind = s.config.method.kind
+    scored = s.config.training.objective == "reward"
+    what = f"method {kind}" if kind not in ("lora", "full") else "objective reward" if scored else "modules_to_save"
     return Hit(
         "model.adapter_start",
         f"stack with {what}",
