@@ -411,7 +411,7 @@ class RunConfig(Section):
             )
         if objective in ("grpo", "rloo", "ppo"):
             if not drawn.reward:
-                yield f"{objective} learns from rewards: name at least one in reinforcement.reward (`ftf rewards` lists them)."
+                yield f"{objective} learns from rewards: name at least one in reinforcement.reward (`ftf rewards` lists them); in a pipeline a reward stage before it will do."
             if drawn.reward_weights and len(drawn.reward_weights) != len(drawn.reward):
                 yield f"reinforcement.reward_weights has {len(drawn.reward_weights)} values for {len(drawn.reward)} rewards."
             yield from (f"The reward {name} {problem}." for name, problem in self.rewards_not_allowed())

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from finetuneflow.config import Method, Origin, RunConfig, Section, StringList
 from finetuneflow.errors import ConfigError
+from finetuneflow.knowledge.objectives import traits_of
 from finetuneflow.pipeline_gates import Gate, parse_gate
 
 STAGE_PREFIX = "stage:"
@@ -207,7 +208,7 @@ def _start_conflict(problem: str, where: str) -> ConfigError:
 
 def _with_rewards(config: RunConfig, earlier: list[Stage], where: str) -> tuple[RunConfig, str | None]:
     """Check `stage:NAME` among the rewards; where none is given, take the newest reward stage and say so."""
-    if config.training.objective not in ("grpo", "rloo", "ppo"):
+    if not traits_of(config).draws:
         return config, None
     models = [stage for stage in earlier if not stage.answers]
     settings = config.reinforcement

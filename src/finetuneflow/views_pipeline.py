@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from finetuneflow.terminal import clean, console, human_bytes, human_time, percent, say, table
+from finetuneflow.terminal import clean, console, human_bytes, human_time, say, table
 
 if TYPE_CHECKING:
-    from finetuneflow.evaluation.compare import Measure
     from finetuneflow.export.pipeline_report import PipelineRecord, StageRow, SuiteRow
     from finetuneflow.planning.stages import PipelinePlan
 
@@ -137,15 +136,10 @@ def _stage_row(row: StageRow) -> tuple[Any, ...]:
 
 
 def _suite_row(row: SuiteRow) -> tuple[str, ...]:
-    share = f"{percent(row.share.mean)} ({100 * row.share.low:.1f} to {100 * row.share.high:.1f})"
-    return (row.suite, row.model, f"{row.passed}/{row.prompts}", share, _change(row.to_before), _change(row.to_first))
+    from finetuneflow.export.pipeline_report import change_text, share_text
 
-
-def _change(measure: Measure | None) -> str:
-    if measure is None:
-        return ""
-    change = measure.difference
-    return f"{100 * change.mean:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) {measure.verdict}"
+    passed = f"{row.passed}/{row.prompts}"
+    return (row.suite, row.model, passed, share_text(row), change_text(row.to_before), change_text(row.to_first))
 
 
 def show_pipelines(summaries: Sequence[dict[str, Any]]) -> None:

@@ -404,6 +404,9 @@ def test_a_rising_loss_asks_for_half_the_rate_and_a_standing_one_for_other_data(
     run = config("sft", "full", training__learning_rate=1e-5)
     (rises,) = after_failure(run, curve(3, 2, 1.5, 1.6, 1.9, 2.2))
     assert rises.settings == {"training.learning_rate": 5e-6} and "rose" in rises.reason
+    random_base = config("sft", "full", training__learning_rate=1e-3)  # on trained weights it would have been lowered
+    (rises,) = after_failure(random_base, curve(3, 2, 1.5, 1.6, 1.9, 2.2), fresh=True)
+    assert rises.settings == {"training.learning_rate": 5e-4}
     (stands,) = after_failure(run, curve(3, 2, 1.5, 1.5, 1.5, 1.5, 1.5))
     assert stands.settings == {} and "stands still" in stands.reason
     assert after_failure(run, curve(3, 2.5, 2, 1.5, 1, 0.5)) == []

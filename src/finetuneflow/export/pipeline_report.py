@@ -19,6 +19,7 @@ from finetuneflow.events import metric_lines
 from finetuneflow.export.record import METHOD_NAMES
 from finetuneflow.export.redact import Redactor
 from finetuneflow.export.text import cell, duration, inline, size, visible
+from finetuneflow.knowledge.objectives import traits_of
 from finetuneflow.pipeline_config import BASE, Pipeline, read_pipeline
 from finetuneflow.training.lineage import read_lineage
 from finetuneflow.training.status import pipeline_summary, stage_runs
@@ -355,7 +356,7 @@ def pipeline_tree(pipeline: Pipeline, runs: Mapping[str, Path]) -> list[str]:
         name = run_dir.name if run_dir else stage.name
         parent = stage.start.parent
         taken: list[tuple[str, str]] = [(stage.start.kind, runs[parent].name if parent in runs else parent)] if parent else []
-        for text in stage.config.reinforcement.reward if stage.config.training.objective in ("grpo", "rloo", "ppo") else ():
+        for text in stage.config.reinforcement.reward if traits_of(stage.config).draws else ():
             kind, _, named = text.partition(":")
             if kind == "stage":
                 taken.append(("reward", runs[named].name if named in runs else named))

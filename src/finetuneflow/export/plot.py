@@ -65,16 +65,6 @@ PANELS = (  # of the figures a run logged, in this order, those that are drawn
 MOST_PANELS, COLUMNS = 6, 3
 
 
-def plot_objective(run_dir: Path, path: Path | None = None) -> Path | None:
-    """Draw the figures of a run's objective to `path`, by default `objective.png` in the run directory; None where it has none."""
-    picture = draw_objective(read_run(run_dir))
-    if picture is None:
-        return None
-    target = path or run_dir / "objective.png"
-    write_atomic(target, picture)
-    return target
-
-
 def draw_objective(record: RunRecord) -> bytes | None:
     """Small plots of what was logged beside the loss, each with its held-out values; None for a run that logged nothing more."""
     try:

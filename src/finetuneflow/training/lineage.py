@@ -19,6 +19,7 @@ from typing import Any
 import finetuneflow
 from finetuneflow.config import RunConfig
 from finetuneflow.hardware import probe
+from finetuneflow.knowledge.objectives import traits_of
 from finetuneflow.training.setup import Setup
 from finetuneflow.workspace import Workspace, read_json_object, sha256_file, sha256_json, source_digest, write_json
 
@@ -181,7 +182,7 @@ def parents_of(config: RunConfig, workspace: Workspace) -> list[Parent]:
     base = Path(model.base)
     if base.is_dir() and (base.parent / "run.yaml").is_file():
         found.append(_parent(base, "model"))
-    if config.training.objective in ("grpo", "rloo", "ppo"):
+    if traits_of(config).draws:
         named = [text.removeprefix("model:") for text in config.reinforcement.reward if text.startswith("model:")]
         found += [_parent(result_folder(Path(name)) or Path(name), "reward") for name in named]
     return found

@@ -330,7 +330,7 @@ def _preference_trainer(
             "decision",
             setting="method.dropout",
             value=0.0,
-            reason=f"{objective} compares answers by their log-probabilities, which dropout would blur: none is applied.",
+            reason=f"{objective} compares two answers, and dropout would blur the difference: none is applied.",
         )
     if isinstance(trainer, DPO) and config.preference.reference == "cached":
         parts = (materials.tokenizer_digest, materials.base_digest, arguments["bf16"], shaping_files(config))

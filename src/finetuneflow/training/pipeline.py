@@ -29,6 +29,7 @@ from typing import Any
 from finetuneflow.config import RunConfig, load_config
 from finetuneflow.errors import FineTuneFlowError, ResumeError, StorageError, TrainingError
 from finetuneflow.events import Emit, Event, EventLog, Sink
+from finetuneflow.knowledge.objectives import traits_of
 from finetuneflow.pipeline_config import BASE, Pipeline, dump_pipeline, read_pipeline, require_runnable_pipeline
 from finetuneflow.pipeline_stages import STAGE_PREFIX, Stage
 from finetuneflow.training import checkpoints
@@ -127,8 +128,8 @@ def _require_rewards(config: RunConfig) -> None:
     from finetuneflow.evaluation.rewards import load_rewards
 
     settings = config.reinforcement
-    functions = [text for text in settings.reward if not text.startswith((STAGE_PREFIX, "model:", "ends"))]
-    if config.training.objective in ("grpo", "rloo", "ppo") and functions:
+    functions = [text for text in settings.reward if not text.startswith((STAGE_PREFIX, "model:"))]
+    if traits_of(config).draws and functions:
         load_rewards(settings.model_copy(update={"reward": functions, "reward_weights": []}))
 
 
@@ -167,8 +168,8 @@ def _attempt(
                 raise
             raise failure from error
         log.emit("pipeline", status=status, pipeline=directory.name, stage=worker.stage)
-        worker.tell(status)
-    return PipelineResult(directory, status, pipeline_summary(directory))
+        state = worker.tell(status)
+    return PipelineResult(directory, status, state)
 
 
 class _Worker:
@@ -344,8 +345,8 @@ class _Worker:
             more = f"`ftf resume {self.directory.name}` goes on with this stage; finished stages are kept."
             failure.remedy = f"{failure.remedy}\n  {more}" if failure.remedy else more
 
-    def tell(self, status: str = "running") -> None:
-        """Write `state.json` and `report.md`: views, so that a mistake in drawing them ends nothing."""
+    def tell(self, status: str = "running") -> dict[str, Any]:
+        """Write and return `state.json`, and write `report.md`: views, so that a mistake in drawing them ends nothing."""
         from finetuneflow.export.pipeline_report import write_pipeline_report
 
         state = pipeline_summary(self.directory, status)
@@ -354,6 +355,7 @@ class _Worker:
             write_pipeline_report(self.directory, state)
         except Exception as error:
             self.emit("warning", code="REPORT_FAILED", message=f"report.md could not be written: {error}", advice="")
+        return state
 
 
 # --- results of earlier stages --------------------------------------------------------------------------

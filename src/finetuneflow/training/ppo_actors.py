@@ -1,8 +1,7 @@
 """Who takes part in PPO, on one base in memory: policy, reference and value estimate.
 
-    policy       the adapter that is trained ("default"), on whatever frozen adapters lie below it
-    reference    a frozen copy of the policy's adapter ("ref") where that was trained before; else the adapters below it, if
-                 there are some; else the base alone
+    policy       the adapter that is trained ("default"); one that was stacked or merged below it is part of the base
+    reference    a frozen copy of the policy's adapter ("ref") where that was trained before; else the base alone
     value        an adapter of its own ("value"), and a linear head on the last hidden states
 
 With full fine-tuning there are no adapters to switch: the reference is a frozen copy of the model as it was at the start,
@@ -100,10 +99,10 @@ class Actors:
         self._value_adapter: dict[str, nn.Parameter] = {}
         self._own_adapters = list(getattr(model, "peft_config", ()))
         if self.has_adapters:
-            if continued and REFERENCE not in model.peft_config:
+            _require_inside_layers(model)
+            if continued:
                 _add_frozen_copy(model)
-            self._policy, self._reference, below = _roles(model)
-            self._value = [*below, VALUE]
+            self._reference = REFERENCE if continued else None
             self._value_adapter = _add_value_adapter(model, seed)
         else:
             self.frozen_copy = (copy.deepcopy(model) if reference is None else reference).requires_grad_(False).eval()
@@ -155,7 +154,7 @@ class Actors:
     def _as_reference(self) -> Iterator[Any]:
         if not self.has_adapters:
             yield self.frozen_copy
-        elif not self._reference:
+        elif self._reference is None:
             try:
                 with self.model.disable_adapter():
                     yield self.model
@@ -177,21 +176,21 @@ class Actors:
     @contextlib.contextmanager
     def value_role(self) -> Iterator[None]:
         """Inside, the value adapter answers; nests. Hold it around forward and backward of a value loss."""
-        if not self.has_adapters or self.model.base_model.active_adapters == self._value:
+        if not self.has_adapters or self.model.base_model.active_adapters == [VALUE]:
             yield
             return
-        with self._switched(self._value):
+        with self._switched(VALUE):
             yield
 
     @contextlib.contextmanager
     def wearing(self, adapter: str) -> Iterator[None]:
         """Inside, the base answers with that adapter, one that was put beside the policy's."""
-        with self._switched([adapter]):
+        with self._switched(adapter):
             yield
 
     @contextlib.contextmanager
-    def _switched(self, adapters: list[str]) -> Iterator[None]:
-        self._activate(adapters)
+    def _switched(self, adapter: str) -> Iterator[None]:
+        self._activate(adapter)
         try:
             yield
         finally:
@@ -199,11 +198,11 @@ class Actors:
 
     def _activate_policy(self) -> None:
         if self.has_adapters:
-            self._activate(self._policy)
+            self._activate(TRAINED)
 
-    def _activate(self, adapters: list[str]) -> None:
+    def _activate(self, adapter: str) -> None:
         """Switch, and undo what PEFT does on the way: it would train the active adapter and freeze the others."""
-        activate(self.model, adapters)
+        self.model.set_adapter(adapter)
         self.model.requires_grad_(False)
         for parameter in (*self.policy_parameters, *self.value_parameters):
             parameter.requires_grad_(True)
@@ -218,9 +217,10 @@ class Actors:
         rows, columns = batch.mask.nonzero(as_tuple=True)
         places = batch.positions[rows, columns] - (first if options else 0)
         chosen = logits[rows, places].float() / self.temperature
-        found = torch.log_softmax(chosen, dim=-1).gather(1, batch.tokens[rows, columns].unsqueeze(1)).squeeze(1)
+        logs = torch.log_softmax(chosen, dim=-1)
+        found = logs.gather(1, batch.tokens[rows, columns].unsqueeze(1)).squeeze(1)
         blank = torch.zeros(batch.mask.shape, device=found.device)
-        spread = blank.index_put((rows, columns), entropy(chosen)) if with_entropy else None
+        spread = blank.index_put((rows, columns), entropy(logs)) if with_entropy else None
         return blank.index_put((rows, columns), found), spread
 
     # --- what is kept -----------------------------------------------------------------------------------
@@ -270,26 +270,13 @@ class Actors:
         self.frozen_copy = None
 
 
-def activate(model: Any, adapters: list[str]) -> None:
-    """Make these adapters the active ones; PEFT's own switch of a `PeftModel` takes a single name."""
-    if len(adapters) == 1:
-        model.set_adapter(adapters[0])
-    else:
-        model.base_model.set_adapter(adapters)
-
-
-def _roles(model: Any) -> tuple[list[str], list[str], list[str]]:
-    """Active adapters of policy and reference, and those that lie frozen below the policy."""
+def _require_inside_layers(model: Any) -> None:
     if model.active_peft_config.is_prompt_learning:
         raise ModelError(
             "ADAPTER_UNSUPPORTED",
             "PPO needs an adapter inside the layers, and a trained prefix is none.",
             remedy="Use the method lora (or qlora, dora, ia3), or train in full.",
         )
-    policy = list(model.base_model.active_adapters)
-    below = [name for name in policy if name != TRAINED]
-    reference = [REFERENCE] if REFERENCE in model.peft_config and REFERENCE not in policy else below
-    return policy, reference, below
 
 
 def _add_value_adapter(model: Any, seed: int) -> dict[str, nn.Parameter]:

@@ -149,9 +149,8 @@ def value_loss(
     return 0.5 * torch.where(mask, error, 0.0).sum() / count
 
 
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of softmax(logits) over the last dimension: log Z - sum p * logit."""
-    log_probs = torch.log_softmax(logits, dim=-1)
+def entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of a distribution over the last dimension: -sum p log p."""
     return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 

@@ -118,10 +118,6 @@ class KTO(PreferenceTrainer, KTOTrainer):
 class Reward(PreferenceTrainer, RewardTrainer):
     """A model that scores answers so that chosen ones score higher (Bradley-Terry; Ouyang et al. 2022)."""
 
-    def take_figures(self, mode: str) -> dict[str, float]:
-        self._metrics[mode].pop("num_tokens", None)
-        return super().take_figures(mode)
-
 
 class WithoutReference(PreferenceTrainer):
     """Objectives on pairs that need no reference model: loss formulas of TRL on log-probabilities computed here.
