@@ -60,6 +60,20 @@ def test_the_default_sizes_have_the_published_number_of_parameters(layout: str, 
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
+def test_the_token_table_is_found_replaced_and_enlarged(model: MambaSWELUForCausalLM) -> None:
+    """In the model and in its part before the head, by the library's own methods."""
+    table = torch.nn.Embedding(50, 20)
+    for part in (model, model.model):
+        assert part.get_input_embeddings() is model.model.token_embedding
+        part.set_input_embeddings(table)
+        assert model.model.token_embedding is table
+        table = torch.nn.Embedding(50, 20)
+    model.tie_weights()
+    model.resize_token_embeddings(53)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model(torch.tensor([[52]])).logits.shape == (1, 1, 53)
+
+
 def test_common_names_of_sizes_work_both_ways() -> None:
     config = MambaSWELUConfig(hidden_size=96, num_hidden_layers=3, max_position_embeddings=77)
     assert (config.d_model, config.n_layers, config.max_seq_len) == (96, 3, 77)

@@ -13,6 +13,7 @@ import yaml
 
 from finetuneflow.data.examples import Example, to_examples
 from finetuneflow.data.sources import read_rows
+from finetuneflow.data.splits import leaks
 from finetuneflow.evaluation.judges import BUILT_IN
 from finetuneflow.evaluation.suite import SuitePrompt, judge_answer, load_suite
 from finetuneflow.models.starter import preferences, starter_path, world
@@ -77,6 +78,21 @@ def test_no_training_or_validation_file_mentions_what_is_held_out_for_acceptance
         assert found == set(), path.name
         sums = {(int(first), int(second)) for first, second in SUM.findall(text)}
         assert not {pair for pair in sums if world.split_of_sum(*pair) == "acceptance"}, path.name
+
+
+@pytest.mark.parametrize("name", ["sft", "pairs", "prompts", "general", "conversational", "specialised"])
+def test_no_held_out_row_stands_in_the_training_file(folder: Path, name: str) -> None:
+    training, held_out = (list(to_examples(read_rows(folder / f"{name}{end}.jsonl"))) for end in ("", "-validation"))
+    assert len(held_out) > 100 and not leaks(training, held_out, by_prompt=name in ("pairs", "prompts"))
+
+
+def test_the_command_says_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["preferences", "--out", str(tmp_path / "out")])
+    preferences.main()
+    said = capsys.readouterr().out
+    assert all(path.name in said for path in (tmp_path / "out").iterdir()) and "3,200 rows" in said and "100 prompts" in said
 
 
 def test_every_file_is_read_as_what_it_is_meant_for(folder: Path) -> None:

@@ -23,6 +23,8 @@ from finetuneflow.data.examples import Example, Message, Place, Problem, ToolCal
 from finetuneflow.data.tokens import encode_text, render_example
 from finetuneflow.errors import ConfigError, DataError, ModelError
 from finetuneflow.evaluation.rewards import Drawn, Prompt, reward_failed
+from finetuneflow.knowledge.shapes.settings import MOST_LAYERS, Settings
+from finetuneflow.workspace import read_json_object
 
 SHARED = "reward"  # the adapter's name on a shared base
 HEAD = "score"
@@ -34,7 +36,8 @@ Hidden = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids, attention 
 @dataclass(frozen=True, slots=True)
 class RewardModel:
     """A `rewards.Scorer`. `scores(ids, attention_mask, last)` gives one number a row for right-padded ids (rows, width),
-    `last` (rows,) being the place of each row's last token."""
+    `last` (rows,) being the place of each row's last token. `head`: what makes the number from a hidden state, where the model
+    shares its base with another."""
 
     name: str
     tokenizer: Any
@@ -43,6 +46,7 @@ class RewardModel:
     device: Any
     max_length: int
     batch_size: int = DEFAULT_BATCH
+    head: nn.Linear | None = None
 
     def __call__(self, drawn: Drawn) -> list[float]:
         together = zip(drawn.prompts, drawn.completions, drawn.rows, strict=True)
@@ -110,7 +114,7 @@ def load_reward_model(
         from finetuneflow.data.templates import resolve_template
         from finetuneflow.models.tokenizer import load_tokenizer
 
-        model = _classifier(_screened(folder), device)
+        model = _classifier(screened(folder), device)
         tokenizer, _ = load_tokenizer(folder)
         template = resolve_template(tokenizer)
         max_length = _context_length(model)
@@ -143,8 +147,15 @@ def _read_with(run: Path) -> tuple[Any, Any]:
     from finetuneflow.models.tokenizer import load_tokenizer
 
     tokenizer, _ = load_tokenizer(run / "tokenizer")
-    record = json.loads((run / "template.json").read_text(encoding="utf-8"))
-    tokenizer.chat_template = record["source"]
+    source = read_json_object(run / "template.json").get("source")
+    if not isinstance(source, str):
+        raise ConfigError(
+            "REWARD_INVALID",
+            f"{run.name} holds no readable template.json, so its conversations cannot be written as they were in training.",
+            where=str(run / "template.json"),
+            remedy="Copy the run directory again, whole, or train the reward model anew.",
+        )
+    tokenizer.chat_template = source
     return tokenizer, resolve_template(tokenizer)
 
 
@@ -161,7 +172,7 @@ def _model_of_run(run: Path, config: RunConfig, device: Any, adapter: Path | Non
     from finetuneflow.models.source import ModelSource
 
     if (run / "model").is_dir():
-        return _classifier(_screened(run / "model"), device)
+        return _classifier(screened(run / "model"), device)
     method, named = config.method, config.model
     merged = run / "base"  # where the run trained on a base that an earlier adapter was written into
     source = ModelSource(named.base, named.revision, named.trust_remote_code, kept_in(run, named.module))
@@ -177,21 +188,28 @@ def _model_of_run(run: Path, config: RunConfig, device: Any, adapter: Path | Non
 
 def _storage_type(run: Path) -> str | torch.dtype:
     """The type the run kept its base in; what suits the machine where that is not recorded."""
-    try:
-        name = json.loads((run / "environment.json").read_text(encoding="utf-8"))["setup"]["storage_dtype"]
-    except (OSError, ValueError, KeyError):
-        return "auto"
-    return getattr(torch, name)  # type: ignore[no-any-return]
+    setup = read_json_object(run / "environment.json").get("setup")
+    found = getattr(torch, str(setup.get("storage_dtype")), None) if isinstance(setup, dict) else None
+    return found if isinstance(found, torch.dtype) else "auto"
 
 
-def _screened(folder: Path) -> Path:
+def screened(folder: Path) -> Path:
     """The folder, once it is known to hold safetensors and to ask for no code."""
     from finetuneflow.models import screening
 
     config = screening.read_model_config(folder, base=str(folder))
-    screening.require_consent(folder, base=str(folder), commit="", consent=None)
+    try:
+        screening.require_consent(folder, base=str(folder), commit="", consent=None)
+    except RecursionError as error:
+        raise screening.corrupt(folder, "holds a JSON file that nests too deeply") from error
     screening.weight_files(folder, base=str(folder))
-    labels = len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
+    Settings(config, {}, folder.name).optional("num_hidden_layers", most=MOST_LAYERS)  # a deeper model is built for hours
+    names, count = config.get("id2label") or {}, config.get("num_labels")
+    if not isinstance(names, dict) or not (count is None or type(count) is int):
+        raise screening.corrupt(
+            folder / "config.json", "names its labels wrongly (id2label is an object, num_labels a whole number)"
+        )
+    labels = len(names) or count or 2
     if labels != 1:
         raise ConfigError(
             "REWARD_INVALID",
@@ -216,10 +234,16 @@ def _classifier(folder: Path, device: Any) -> Any:
             model, loading = loader.from_pretrained(
                 str(folder), num_labels=1, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # of the many kinds that transformers raises over a configuration
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        if "ignore_mismatched_sizes" in told:
+            told = "its weights are of other sizes than config.json says"
         raise ModelError(
             "MODEL_UNSUPPORTED_ARCH",
-            f"{folder} cannot be loaded as a reward model: {str(error).splitlines()[0][:200]}",
+            f"{folder} cannot be loaded as a reward model: {told}",
+            where=str(folder),
             remedy="Name a finished reward run, or a transformers folder for sequence classification.",
         ) from error
     finally:
@@ -293,11 +317,11 @@ def shared_reward_model(
             states: torch.Tensor = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return states.to(head.weight.dtype)  # type: ignore[arg-type]
 
-    config = reward_run(run)
-    return RewardModel(str(run), tokenizer, template, scores_with(hidden, head), model.device, config.data.max_length, batch_size)
+    longest = reward_run(run).data.max_length
+    return RewardModel(str(run), tokenizer, template, scores_with(hidden, head), model.device, longest, batch_size, head)
 
 
-def _put_on(model: Any, adapter_dir: Path) -> nn.Module:
+def _put_on(model: Any, adapter_dir: Path) -> nn.Linear:
     """Add the adapter without its head to a causal model, and return the head."""
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -307,26 +331,35 @@ def _put_on(model: Any, adapter_dir: Path) -> nn.Module:
     check_adapter_dir(adapter_dir)
     tensors = load_file(adapter_dir / ADAPTER_WEIGHTS)
     heads = [name for name in tensors if f".{HEAD}." in name]
-    if len(heads) != 1:
+    if len(heads) != 1 or tensors[heads[0]].dim() != 2 or len(tensors[heads[0]]) != 1:
         raise ModelError(
             "ADAPTER_CORRUPT",
-            f"The reward run's adapter holds {len(heads)} tensors of a score head; it should hold one.",
+            f"The reward run's adapter holds {len(heads)} tensors of a score head; it should hold one, with one row.",
             where=str(adapter_dir),
             remedy="Train the reward model again.",
         )
     weight = tensors.pop(heads[0])
-    config: Any = LoraConfig.from_pretrained(str(adapter_dir))
-    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
-    with torch.random.fork_rng():
-        model.add_adapter(SHARED, config)
-    result: Any = set_peft_model_state_dict(model, tensors, adapter_name=SHARED)
+    try:
+        config: Any = LoraConfig.from_pretrained(str(adapter_dir))
+        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
+        with torch.random.fork_rng():
+            model.add_adapter(SHARED, config)
+        result: Any = set_peft_model_state_dict(model, tensors, adapter_name=SHARED)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _fits_not(adapter_dir, f"cannot be put on this base: {' '.join(str(error).split())[:200]}") from error
     if result.unexpected_keys:
-        raise ModelError(
-            "ADAPTER_BASE_MISMATCH",
-            f"{len(result.unexpected_keys)} tensors of the reward run's adapter fit nowhere in this base.",
-            where=str(adapter_dir),
-            remedy="Use a reward run on the same base model.",
-        )
+        raise _fits_not(adapter_dir, f"has {len(result.unexpected_keys)} tensors that fit nowhere in this base")
     head = nn.Linear(weight.shape[1], 1, bias=False).to(device=model.device, dtype=weight.dtype).requires_grad_(False)
     head.load_state_dict({"weight": weight})
     return head
+
+
+def _fits_not(adapter_dir: Path, what: str) -> ModelError:
+    return ModelError(
+        "ADAPTER_BASE_MISMATCH",
+        f"The reward run's adapter {what}.",
+        where=str(adapter_dir),
+        remedy="Use a reward run on the same base model.",
+    )

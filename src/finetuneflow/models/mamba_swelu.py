@@ -29,9 +29,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
 from finetuneflow.kernels.scan import causal_conv1d, selective_scan
+from finetuneflow.knowledge.shapes.settings import MOST_LAYERS
 
 MODEL_TYPE = "mamba_swelu"
 LAYOUTS = ("simplified", "selective")
+# What a configuration may say: whole numbers of 1 or more, and numbers between two bounds.
+SIZES = ("vocab_size", "d_model", "n_layers", "d_state", "d_conv", "expand", "max_seq_len", "dense_hidden_dim")
+RANGES = {"dropout": (0.0, 1.0), "swelu_k": (-1e3, 1e3), "initializer_range": (0.0, 1e3)}
 # SWELU's guards: the exponent is |k| + EXPONENT_GUARD, the size |z| + SIZE_GUARD.
 EXPONENT_GUARD, SIZE_GUARD = 1e-6, 1e-8
 # exp(-2^14) is 0 in fp32 and fp64: a larger power would only bring infinities in.
@@ -80,6 +84,14 @@ class MambaSWELUConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}")
+        for name in SIZES:
+            if type(size := getattr(self, name)) is not int or size < 1:
+                raise ValueError(f"{name} is {size!r:.40}; it must be a whole number of 1 or more")
+        for name, (low, high) in RANGES.items():
+            if type(value := getattr(self, name)) not in (int, float) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r:.40}; it must be a number from {low:g} to {high:g}")
+        if self.n_layers > MOST_LAYERS:
+            raise ValueError(f"n_layers is {self.n_layers:,}; it must be {MOST_LAYERS:,} or less")
 
     @property
     def inner_size(self) -> int:
@@ -343,6 +355,7 @@ class MambaSWELUPreTrainedModel(PreTrainedModel):
     config_class = MambaSWELUConfig
     config: MambaSWELUConfig
     base_model_prefix = "model"
+    _input_embed_layer = "token_embedding"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True  # its state cannot be taken back by some tokens, as assisted generation would need
@@ -383,12 +396,6 @@ class MambaSWELUModel(MambaSWELUPreTrainedModel):
         self.swelu1, self.swelu2, self.swelu3 = SWELU(config), SWELU(config), SWELU(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.token_embedding = value  # type: ignore[assignment]
 
     @can_return_tuple
     def forward(
@@ -476,12 +483,6 @@ class MambaSWELUForCausalLM(MambaSWELUPreTrainedModel, GenerationMixin):
         self.model = MambaSWELUModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -5,8 +5,8 @@
 
 The five settings inside a checkpoint name neither the layout nor half of the sizes, and may be wrong: everything is
 read off the names and shapes of the tensors, and what the settings say otherwise is noted. A checkpoint is opened as
-plain tensors and numbers only; one that would run code is refused. Nothing is written unless all of it fits, and the
-source is never changed.
+plain tensors and numbers only; one that would run code is refused, and so is one that would take more memory than it has
+bytes. Nothing is written unless all of it fits, and the source is never changed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import pickletools
 import re
 import tempfile
 import zipfile
@@ -26,7 +27,8 @@ from typing import Any
 import torch
 
 from finetuneflow.errors import ModelError, StorageError
-from finetuneflow.models.mamba_swelu import MODEL_TYPE, MambaSWELUConfig, MambaSWELUForCausalLM
+from finetuneflow.knowledge.shapes.settings import LARGEST, MOST_LAYERS
+from finetuneflow.models.mamba_swelu import MODEL_TYPE, RANGES, MambaSWELUConfig, MambaSWELUForCausalLM
 from finetuneflow.models.screening import SINGLE_NAME, corrupt, read_json, read_model_config, weight_files
 from finetuneflow.models.tokenizer import load_tokenizer
 from finetuneflow.workspace import new_folder, require_free, sync_directory, translate_os_errors, write_json
@@ -45,7 +47,15 @@ ORIGINAL_SETTINGS = {
 FURTHER_SETTINGS = {"d_state": "d_state", "d_conv": "d_conv", "expand": "expand", "expand_factor": "expand"} | {
     "dense_hidden_dim": "dense_hidden_dim"
 }
-TRACELESS_SETTINGS = {"dropout": (0.0, 1.0), "swelu_k": (-1e3, 1e3)}
+TRACELESS_SETTINGS = ("dropout", "swelu_k")
+SETTINGS = (*ORIGINAL_SETTINGS, *FURTHER_SETTINGS, *TRACELESS_SETTINGS)
+
+# What weights are stored in. Others (8-bit floats, integers, complex numbers) would be read as something they are not.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What `torch.load(weights_only=True)` lets a file call although it makes gigabytes of a few bytes; no checkpoint needs it.
+AMPLIFIERS = frozenset({"bytearray", "encode", "_rebuild_device_tensor_from_cpu_tensor"})
+# A file older than the zip format begins with so many pickles: two marks, the machine, the dictionary, its tensors' names.
+LEADING_PICKLES = 5
 
 HEAD, EMBEDDING = "lm_head.weight", "token_embedding.weight"
 PREFIX = "model."
@@ -84,7 +94,6 @@ def convert_from_original(checkpoint: Path, out: Path, *, tokenizer: Path | None
     notes += _compare_settings(config, saved) + _settle_head(state, config, saved)
     _require_fitting(state, config, where=checkpoint)
     notes += _remarks(state)
-    step = payload.get("global_step")
     with new_folder(out) as stage:
         if tokenizer is not None:
             notes += _copy_tokenizer(tokenizer, stage, config)
@@ -98,7 +107,7 @@ def convert_from_original(checkpoint: Path, out: Path, *, tokenizer: Path | None
             settings={name: getattr(config, name) for name in sorted(_reported_settings())},
             num_parameters=sum(value.numel() for value in state.values()),
             num_tensors=len(state),
-            step=step if isinstance(step, int) else None,
+            step=_whole(payload.get("global_step")),
             notes=tuple(notes),
         )
         write_json(stage / RECORD_NAME, report.to_dict())
@@ -145,31 +154,63 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError("MODEL_NOT_FOUND", f"There is no checkpoint {path}.", where=str(path), remedy="Name a .pt file.")
     try:
+        _require_modest(path)
         # Mapped, not read: the optimizer state, twice the weights, is never touched. Files older than the zip format cannot be.
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if re.search("unsupported|blocked", str(error), re.IGNORECASE):
-            raise _holds_code(path, error) from error
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise _holds_more(path, named[1] if named else None) from error
         raise corrupt(path, "is damaged, cut short or no checkpoint of PyTorch") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, UnicodeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the many kinds that readers of archives, pickles and tensors raise over a bad file
         raise _damaged(path, error) from error
-    if not isinstance(payload, dict):
+    fields = _plain(payload)
+    if fields is None:
         raise corrupt(path, f"holds a {type(payload).__name__} where a dictionary is expected")
-    return payload
+    return fields
+
+
+def _require_modest(path: Path) -> None:
+    """Refuse a small file that would open into a large one: compressed parts, or a call out of `AMPLIFIERS`."""
+    with contextlib.ExitStack() as opened:
+        if zipfile.is_zipfile(path):
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise corrupt(path, "has compressed parts, which PyTorch does not write")
+            pickles = [opened.enter_context(archive.open(m)) for m in archive.infolist() if m.filename.endswith("data.pkl")]
+        else:
+            pickles = [opened.enter_context(path.open("rb"))] * LEADING_PICKLES
+        for file in pickles:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL" and (named := re.split(r"[ .]", str(argument))[-1]) in AMPLIFIERS:
+                    raise _holds_more(path, named)
+
+
+def _plain(value: Any) -> dict[Any, Any] | None:
+    """A dictionary's entries without what a file can put in place of its methods; None for anything else."""
+    return dict(dict.items(value)) if isinstance(value, dict) else None
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number that can be counted to; None for anything else."""
+    return value if type(value) is int and 0 <= value < 2**63 else None
 
 
 def _damaged(path: Path, error: Exception) -> ModelError:
-    said = " ".join(str(error).split())[:120] or type(error).__name__
-    return corrupt(path, f"is damaged, cut short or no checkpoint of PyTorch ({said})")
+    return corrupt(path, f"is damaged, cut short or no checkpoint of PyTorch ({_told(error)})")
 
 
-def _holds_code(path: Path, error: Exception) -> ModelError:
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _holds_more(path: Path, named: str | None) -> ModelError:
     return ModelError(
         "MODEL_PICKLE",
-        f"{path.name} holds more than tensors and numbers{f' ({named[1]})' if named else ''}; opening that could run code, so it is not opened.",
+        f"{path.name} holds more than tensors and numbers{f' ({named})' if named else ''}; opening that could run code or fill the "
+        "memory, so it is not opened.",
         where=str(path),
         remedy="Where you trust the file, load it in the program that wrote it and save "
         "{'model_state_dict': model.state_dict(), 'config': {…plain numbers…}} with torch.save; then convert that.",
@@ -179,24 +220,69 @@ def _holds_code(path: Path, error: Exception) -> ModelError:
 def _parts(path: Path, payload: dict[str, Any]) -> tuple[State, dict[str, Any], list[str]]:
     """(tensors by the original's names, saved settings, notes) of a checkpoint, or of a bare state dict."""
     notes: list[str] = []
-    state = payload.get("model_state_dict")
+    state = _plain(payload.get("model_state_dict"))
     if state is None and payload and all(isinstance(value, torch.Tensor) for value in payload.values()):
         state, payload = payload, {}
         notes.append("The file is a bare state dict: there are no settings to compare with.")
-    if not isinstance(state, dict) or not state:
-        raise corrupt(path, f"has no model_state_dict (it holds: {', '.join(map(str, list(payload)[:8])) or 'nothing'})")
-    odd = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor) or not value.is_floating_point()]
-    if odd:
-        raise corrupt(path, f"holds something else than floating-point tensors in model_state_dict (e.g. {odd[0]})")
+    if not state:
+        held = ", ".join(_shown(name) for name in list(payload)[:8])
+        raise corrupt(path, f"has no model_state_dict (it holds: {held or 'nothing'})")
+    state = {name: _usable(name, value, where=path) for name, value in state.items()}
     for wrapper in WRAPPERS:
         if all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): value for name, value in state.items()}
             notes.append(f"All names began with {wrapper!r}, as a wrapped model saves them; it was taken off.")
-    saved = payload.get("config")
-    if not isinstance(saved, dict):
+    largest = max(state, key=lambda name: state[name].nbytes)
+    if sum(value.nbytes for name, value in state.items() if name != HEAD) > path.stat().st_size:
+        raise _unfit(path, f"is smaller than its tensors, which share their numbers (the largest is {largest})", wrong=[largest])
+    saved = _plain(payload.get("config"))
+    if saved is None:
         saved = {}
         notes.append("The checkpoint holds no settings; all were read off the tensors.")
-    return dict(state), saved, notes
+    named = {name: saved[name] for name in SETTINGS if name in saved}
+    saved = {name: value for name, value in named.items() if _is_setting(name, value)}
+    odd = sorted(named.keys() - saved.keys())
+    notes += [f"The settings say {name} = {_shown(named[name])}, which cannot be: it is passed over." for name in odd]
+    if payload.get("global_step") is not None and _whole(payload["global_step"]) is None:
+        notes.append(f"The global step cannot be used ({_shown(payload['global_step'])}); it is not kept.")
+    return state, saved, notes
+
+
+def _usable(name: Any, value: Any, *, where: Path) -> torch.Tensor:
+    """An entry of a state dict as a bare tensor, once it has a parameter's name and numbers that a parameter can hold."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.]{1,200}", name, re.ASCII):
+        raise _unfit(where, f"holds something under {_shown(name)}, which is no parameter's name")
+    if odd := _oddity(value):
+        raise _unfit(where, f"holds {odd} under {name} instead of floating-point numbers", wrong=[name])
+    return torch.Tensor.detach(value)
+
+
+def _oddity(value: Any) -> str | None:
+    """What is wrong with a value that should be a weight; its methods are not asked, as a file can put others in their place."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(value).__name__}"
+    kinds = {"meta": value.is_meta, "quantised": value.is_quantized, "nested": value.is_nested}
+    kinds |= {"sparse": value.layout is not torch.strided, str(value.dtype).removeprefix("torch."): value.dtype not in FLOATS}
+    if any(kinds.values()):
+        return f"a tensor of the kind {next(kind for kind, found in kinds.items() if found)}"
+    if 0 in value.shape:
+        return f"an empty tensor {tuple(value.shape)}"
+    if value.nbytes > torch.Tensor.untyped_storage(value).nbytes():
+        return f"a tensor {tuple(value.shape)} that claims more numbers than are stored"
+    return None
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    if name == "tie_embeddings":
+        return isinstance(value, bool)
+    low, high = RANGES.get(name, (1, LARGEST))
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _shown(value: Any) -> str:
+    """A key or a value for a message: numbers and short texts as they are, of anything else the kind."""
+    plain = type(value) in (bool, int, float) or (isinstance(value, str) and len(value) <= 60 and value.isprintable())
+    return repr(value)[:64] if plain else f"a {type(value).__name__}"
 
 
 # --- what the tensors say ----------------------------------------------------------------------------
@@ -215,14 +301,17 @@ def infer_config(state: Mapping[str, torch.Tensor], *, where: Path) -> MambaSWEL
     missing = [name for name in needed if name not in state]
     if missing:
         raise _unfit(where, f"lacks {', '.join(missing)}", missing=missing)
+    selective = first + "A_log" in state
+    needed += [first + "A_log"] * selective
     flat = [name for name in needed if state[name].dim() != (3 if "conv1d" in name else 2)]
     if flat:
         raise _unfit(where, f"has {flat[0]} of the shape {tuple(state[flat[0]].shape)}", wrong=flat)
     gaps = sorted(set(range(len(layers))) - layers)
     if gaps:
         raise _unfit(where, f"has {len(layers)} layers, and none of number {gaps[0]}", missing=[f"mamba_stack.layers.{gaps[0]}"])
+    if len(layers) > MOST_LAYERS:
+        raise _unfit(where, f"has {len(layers):,} layers, more than the {MOST_LAYERS:,} of any model")
     vocab_size, d_model = state[EMBEDDING].shape
-    selective = first + "A_log" in state
     return MambaSWELUConfig(
         vocab_size=vocab_size,
         d_model=d_model,
@@ -263,10 +352,9 @@ def _compare_settings(config: MambaSWELUConfig, saved: Mapping[str, Any]) -> lis
         found = getattr(config, ours)
         if theirs in saved and theirs != "tie_embeddings" and saved[theirs] != found:
             notes.append(f"The settings say {theirs} = {saved[theirs]!r}; the tensors say {found}, which counts.")
-    for name, (low, high) in TRACELESS_SETTINGS.items():
-        value = saved.get(name)
-        if isinstance(value, int | float) and low <= value <= high:
-            setattr(config, name, float(value))
+    for name in TRACELESS_SETTINGS:
+        if name in saved:
+            setattr(config, name, float(saved[name]))
     if "dropout" not in saved:
         notes.append(f"Dropout is not saved in a checkpoint; the original's default, {config.dropout}, is assumed.")
     return notes
@@ -274,7 +362,10 @@ def _compare_settings(config: MambaSWELUConfig, saved: Mapping[str, Any]) -> lis
 
 def _require_fitting(state: Mapping[str, torch.Tensor], config: MambaSWELUConfig, *, where: Path) -> None:
     """Raise unless the tensors are exactly those of the model that the configuration describes."""
-    expected = expected_shapes(config)
+    try:
+        expected = expected_shapes(config)
+    except (RuntimeError, OverflowError) as error:
+        raise _unfit(where, f"has sizes of which no model can be made ({_told(error)})") from error
     missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     wrong = sorted(name for name in expected.keys() & state.keys() if tuple(state[name].shape) != expected[name])
     if not missing and not surplus and not wrong:
@@ -336,10 +427,13 @@ def read_folder(folder: Path) -> tuple[MambaSWELUConfig, State]:
             where=str(folder / "config.json"),
             remedy="Name a folder with a MambaSWELU model; the original's format can hold no other.",
         )
-    config = MambaSWELUConfig.from_dict(settings)
+    try:
+        config = MambaSWELUConfig.from_dict(settings)
+    except Exception as error:  # transformers' checks raise several kinds
+        raise corrupt(folder / "config.json", f"describes no MambaSWELU ({_told(error)})") from error
     state: State = {}
     for path in weight_files(folder, base=str(folder)):
-        state |= load_file(path)
+        state |= {name: _usable(name, value, where=path) for name, value in load_file(path).items()}
     _require_fitting({name.removeprefix(PREFIX): value for name, value in state.items()}, config, where=folder)
     return config, state
 
@@ -379,8 +473,7 @@ def _recorded_step(folder: Path) -> int | None:
     if not (folder / RECORD_NAME).is_file():
         return None
     record = read_json(folder / RECORD_NAME)
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) else None
+    return _whole(record.get("step")) if isinstance(record, dict) else None
 
 
 # --- writing safely --------------------------------------------------------------------------------------

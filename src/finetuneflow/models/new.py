@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetuneflow.errors import ConfigError, ModelError
+from finetuneflow.errors import ConfigError, HardwareError, ModelError
+from finetuneflow.hardware import probe_memory
+from finetuneflow.knowledge.shapes.settings import MOST_LAYERS
 from finetuneflow.models import own
 from finetuneflow.models.source import STARTER, ModelSource, tokenizer_folder
 from finetuneflow.models.tokenizer import load_tokenizer, quiet_transformers
-from finetuneflow.models.trial import check_model
+from finetuneflow.models.trial import NEEDED_SETTINGS, check_model
 from finetuneflow.workspace import new_folder, require_free, write_json
 
 STATED_SHAPE = "ftf_shape.json"  # what a module's `ftf_shape` says, as data: plans read it and run no code
@@ -33,7 +35,8 @@ def new_model(
 
     `architecture`: a module file (see `own.py`) or the name of a packaged architecture. `settings` go to its configuration;
     vocabulary size and special tokens follow the tokenizer (a folder, a hub id or "starter") unless set.
-    The same seed and settings give the same weights. Raises `StorageError` (STORAGE_EXISTS), `ConfigError`, `ModelError`.
+    The same seed and settings give the same weights. Raises `StorageError` (STORAGE_EXISTS), `ConfigError`, `ModelError`,
+    `HardwareError` (MEMORY_WONT_FIT, before anything is made).
     """
     config_class, module = _classes(architecture)
     require_free(out)
@@ -97,13 +100,26 @@ def _configuration(config_class: Any, settings: Mapping[str, Any], tokens: Any, 
     }
     with _as_config_error(architecture):
         config = config_class(**{name: value for name, value in from_tokens.items() if name in known} | dict(settings))
-    if config.vocab_size < len(tokens):
+    _require_sizes(config)
+    if getattr(config, "vocab_size", len(tokens)) < len(tokens):
         raise ConfigError(
             "CONFIG_INVALID_VALUE",
             f"vocab_size {config.vocab_size:,} has no room for the tokenizer's {len(tokens):,} tokens.",
             remedy="Leave vocab_size out, or name a tokenizer that is no larger.",
         )
     return config
+
+
+def _require_sizes(config: Any) -> None:
+    """The sizes that every architecture has are whole numbers, and a depth that can be built; `check_model` says which lack."""
+    for name in NEEDED_SETTINGS:
+        size, most = getattr(config, name, 1), MOST_LAYERS if name == "num_hidden_layers" else None
+        if type(size) is not int or size < 1 or (most and size > most):
+            raise ConfigError(
+                "CONFIG_INVALID_VALUE",
+                f"{name} is {size!r:.60}; it must be a whole number {f'from 1 to {most:,}' if most else 'of 1 or more'}.",
+                remedy="Correct the value given with --set, or the default in the configuration class.",
+            )
 
 
 @contextlib.contextmanager
@@ -126,9 +142,15 @@ def _initialised(config: Any, seed: int, module: own.OwnArchitecture | None) -> 
 
     try:
         with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                _require_memory(AutoModelForCausalLM.from_config(config))
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config)
+    except HardwareError:
+        raise
     except Exception as error:
+        if "overflow" in str(error).lower():
+            raise _too_large("more parameters than can be counted", 2**63) from error
         raise ModelError(
             "MODEL_MODULE_FAILED",
             f"A model of type {config.model_type} cannot be made with these settings: {type(error).__name__}: {str(error)[:300]}",
@@ -138,3 +160,21 @@ def _initialised(config: Any, seed: int, module: own.OwnArchitecture | None) -> 
     if module is not None:
         check_model(model, module)
     return model
+
+
+def _require_memory(shapes: Any) -> None:
+    """Raise unless the weights of a model without any (on the meta device) have room in memory."""
+    needed_bytes = sum(value.nbytes for value in (*shapes.parameters(), *shapes.buffers()))
+    if needed_bytes > probe_memory().available_bytes:
+        raise _too_large(f"{sum(parameter.numel() for parameter in shapes.parameters()):,} parameters", needed_bytes)
+
+
+def _too_large(what: str, needed_bytes: int) -> HardwareError:
+    available_bytes = probe_memory().available_bytes
+    return HardwareError(
+        "MEMORY_WONT_FIT",
+        f"A model with these settings has {what}: its weights take at least {needed_bytes / 1e9:,.1f} GB, and {available_bytes / 1e9:,.1f} GB "
+        "of memory are free.",
+        remedy="Choose smaller sizes with --set.",
+        context={"needed_bytes": needed_bytes, "available_bytes": available_bytes},
+    )

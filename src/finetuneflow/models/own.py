@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 import re
 import sys
 import threading
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuneflow.errors import ModelError
+from finetuneflow.knowledge.shapes.headers import STATED
 from finetuneflow.workspace import write_json
 
 # Architectures that come with FineTuneFlow: model type -> module with a `register()`.
@@ -57,12 +59,19 @@ class OwnArchitecture:
     def shape_of(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """What the module's optional `ftf_shape(config)` says of a model's shape; None where it has no such function."""
         function = getattr(self.python, "ftf_shape", None)
-        if not callable(function):
+        if function is None:
             return None
         with running(Path(str(self.python.__file__)), "ftf_shape"):
             shape = function(dict(config))
         if not isinstance(shape, dict):
             raise invalid(self.path, "its function ftf_shape returns no dictionary", "Return the names and numbers as a dict.")
+        wrong = [key for key, value in shape.items() if key not in STATED or type(value) is not int or not 0 <= value < 2**63]
+        if wrong:
+            raise invalid(
+                self.path,
+                f"its function ftf_shape returns {wrong[0]!r:.60}: {shape[wrong[0]]!r:.60}",
+                f"Return whole numbers (int) under these names: {', '.join(sorted(STATED))}.",
+            )
         return shape
 
 
@@ -75,7 +84,7 @@ def provide(module: str | Path) -> OwnArchitecture:
 
     Raises `ModelError`: MODEL_MODULE_NOT_FOUND, MODEL_MODULE_FAILED (with the line) or MODEL_MODULE_INVALID.
     """
-    path = Path(module).expanduser()
+    path = Path(os.path.expanduser(module))
     source = _read(path)
     sha256 = hashlib.sha256(source).hexdigest()
     with _lock:
@@ -238,12 +247,14 @@ def _require_classes(path: Path, model_type: str, config_class: Any, model_class
     """What can be seen of the classes before there is a model."""
     from transformers import CONFIG_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
+    if not isinstance(model_type, str) or not model_type:
+        raise invalid(path, f"its model_type is {model_type!r:.60}", "Write a name of your own: model_type = 'my_architecture'.")
     if model_type in CONFIG_MAPPING._mapping or model_type in BUILT_IN:
         raise _taken(path, f"{model_type!r} is the type of an architecture that is there already.")
-    if not issubclass(config_class, PreTrainedConfig) or not issubclass(model_class, PreTrainedModel):
+    if not _is_kind_of(config_class, PreTrainedConfig) or not _is_kind_of(model_class, PreTrainedModel):
         raise invalid(
             path,
-            f"{config_class.__name__} and {model_class.__name__} are not made from transformers' classes",
+            f"{_name(config_class)} and {_name(model_class)} are not made from transformers' classes",
             "Derive the configuration from PreTrainedConfig and the model from PreTrainedModel and GenerationMixin.",
         )
     if not issubclass(model_class, GenerationMixin):
@@ -258,21 +269,36 @@ def _require_classes(path: Path, model_type: str, config_class: Any, model_class
             f"{model_class.__name__} is not tied to {config_class.__name__}",
             f"Write `config_class = {config_class.__name__}` in it.",
         )
-    parameters = inspect.signature(model_class.forward).parameters
+    if not callable(model_class.forward):
+        raise _not_callable(path, model_class, f"its forward is {model_class.forward!r:.60}")
+    with running(path, f"a look at forward of {model_class.__name__}"):
+        parameters = inspect.signature(model_class.forward).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     lacking = [name for name in ("input_ids", "attention_mask") if name not in parameters and not takes_all]
     lacking += [] if takes_all or lacking else ["**kwargs"]  # callers say more: use_cache, return_dict, …
     methods = _methods(model_class)
     if "forward" not in methods or lacking:
         what = f"its forward takes no {' and no '.join(lacking)}" if "forward" in methods else "it has no forward"
-        raise invalid(
-            path,
-            f"{model_class.__name__} cannot be called: {what}",
-            "Define forward(self, input_ids, attention_mask=None, **kwargs) that returns an object with logits, "
-            "such as CausalLMOutput.",
-        )
+        raise _not_callable(path, model_class, what)
     if "prepare_inputs_for_generation" not in methods and not {"past_key_values", "cache_params"} & set(parameters):
         raise no_cache(path)
+
+
+def _is_kind_of(found: Any, base: type) -> bool:
+    return isinstance(found, type) and issubclass(found, base)
+
+
+def _name(found: Any) -> str:
+    return found.__name__ if isinstance(found, type) else f"{found!r:.60}"
+
+
+def _not_callable(path: Path, model_class: Any, what: str) -> ModelError:
+    return invalid(
+        path,
+        f"{model_class.__name__} cannot be called: {what}",
+        "Define forward(self, input_ids, attention_mask=None, **kwargs) that returns an object with logits, "
+        "such as CausalLMOutput.",
+    )
 
 
 def _methods(model_class: Any) -> set[str]:
@@ -350,7 +376,7 @@ def kept_record(run_dir: Path) -> dict[str, str] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {name: str(record[name]) for name in ("file", "sha256", "model_type", "model_class")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _copy_damaged(run_dir, f"has no readable {KEPT_RECORD} ({error})") from error
 
 

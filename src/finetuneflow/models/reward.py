@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from finetuneflow.errors import ModelError
-from finetuneflow.models.adapters import ADAPTER_WEIGHTS, TRAINED, AdapterSpec, attach_adapter, check_adapter_dir
+from finetuneflow.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINED, AdapterSpec, attach_adapter, check_adapter_dir
 
 
 def scoring_model(causal: Any, tokenizer: Any, *, seed: int) -> Any:
@@ -32,7 +32,8 @@ def scoring_model(causal: Any, tokenizer: Any, *, seed: int) -> Any:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             scoring = AutoModelForSequenceClassification.from_config(config)
-    except (ValueError, KeyError) as error:
+            inputs = scoring.score.in_features
+    except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(
             "ADAPTER_UNSUPPORTED",
             f"There is no reward model of the architecture {causal.config.model_type}.",
@@ -40,11 +41,11 @@ def scoring_model(causal: Any, tokenizer: Any, *, seed: int) -> Any:
         ) from error
     setattr(scoring, scoring.base_model_prefix, getattr(causal, causal.base_model_prefix))
     weight = next(causal.parameters())
-    head = torch.nn.Linear(scoring.score.in_features, 1, bias=False)
+    head = torch.nn.Linear(inputs, 1, bias=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # As small as its input is wide (Stiennon et al. 2020, appendix C): scores start near zero.
-        head.weight.normal_(std=(scoring.score.in_features + 1) ** -0.5, generator=generator)
+        head.weight.normal_(std=(inputs + 1) ** -0.5, generator=generator)
     scoring.score = head.to(device=weight.device, dtype=torch.float32 if weight.dtype is torch.float32 else causal.dtype)
     scoring.config.pad_token_id = padding_id(tokenizer)
     scoring.config._name_or_path = scoring.name_or_path = causal.config._name_or_path
@@ -78,6 +79,8 @@ def adapter_for_scoring(model: Any, adapter_dir: Path, spec: AdapterSpec) -> Any
             f"A reward model cannot be started from an adapter of type {saved['peft_type']}.",
             remedy="Use model.adapter_start: merge.",
         )
+    weights = load_file(adapter_dir / ADAPTER_WEIGHTS)
+    _require_lora(saved, weights, adapter_dir)
     adapted = attach_adapter(
         model,
         replace(
@@ -91,7 +94,7 @@ def adapter_for_scoring(model: Any, adapter_dir: Path, spec: AdapterSpec) -> Any
     )
     head = adapted.base_model.model.score.original_module.weight
     # PEFT insists on everything that such an adapter saves, the new head included.
-    weights = {**load_file(adapter_dir / ADAPTER_WEIGHTS), "base_model.model.score.weight": head}
+    weights["base_model.model.score.weight"] = head
     result: Any = set_peft_model_state_dict(adapted, weights, adapter_name=TRAINED)
     if result.unexpected_keys:
         raise ModelError(
@@ -101,3 +104,17 @@ def adapter_for_scoring(model: Any, adapter_dir: Path, spec: AdapterSpec) -> Any
             remedy=f"It was trained on {saved.get('base_model_name_or_path')!r}; load it on that base.",
         )
     return adapted
+
+
+def _require_lora(saved: dict[str, Any], weights: dict[str, torch.Tensor], adapter_dir: Path) -> None:
+    """Raise unless an adapter's settings are of the kinds they must be, and its rank is one that its weights have."""
+    rank, alpha, targets = saved.get("r"), saved.get("lora_alpha"), saved.get("target_modules")
+    ranks = {tensor.shape[0] for name, tensor in weights.items() if ".lora_A." in name and tensor.dim() == 2}
+    if type(rank) is int and rank in ranks and type(alpha) in (int, float) and isinstance(targets, list | str):
+        return
+    raise ModelError(
+        "ADAPTER_CORRUPT",
+        f"{ADAPTER_CONFIG} gives no r, lora_alpha and target_modules that go with the adapter's weights.",
+        where=str(adapter_dir / ADAPTER_CONFIG),
+        remedy="Copy or export the adapter again.",
+    )

@@ -32,6 +32,9 @@ from typing import Any
 
 import yaml
 
+from finetuneflow.data.examples import Place, to_examples
+from finetuneflow.data.sources import Row
+from finetuneflow.data.splits import leaks
 from finetuneflow.models.starter import starter_path, tuning, world
 from finetuneflow.models.starter.tuning import Example, Message
 from finetuneflow.models.starter.world import Country, Language, Split
@@ -295,8 +298,9 @@ SPECIALISED_REMARK = "Country cards of held-out countries. Written by `finetunef
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write_all(folder: Path, *, seed: int = DEFAULT_SEED) -> None:
-    """Write every training file, its validation file, and the suites."""
+def write_all(folder: Path, *, seed: int = DEFAULT_SEED) -> dict[str, int]:
+    """Write every training file, its validation file, and the suites; returns the rows or prompts of each by its name."""
+    written: dict[str, int] = {}
     folder.mkdir(parents=True, exist_ok=True)
     makers: tuple[tuple[str, Any, int], ...] = (
         ("sft", mixed, NUM_SFT),
@@ -305,16 +309,33 @@ def write_all(folder: Path, *, seed: int = DEFAULT_SEED) -> None:
         *((name, _stage_maker(name), NUM_STAGE) for name in ("general", "conversational", "specialised")),
     )
     for name, make, count in makers:
-        _write_lines(folder / f"{name}.jsonl", make(split="tuning", seed=seed, count=count))
-        _write_lines(folder / f"{name}-validation.jsonl", make(split="development", seed=seed, count=NUM_VALIDATION))
+        training = make(split="tuning", seed=seed, count=count)
+        validation = _unseen(make(split="development", seed=seed, count=NUM_VALIDATION), training)
+        for file, rows in ((f"{name}.jsonl", training), (f"{name}-validation.jsonl", validation)):
+            _write_lines(folder / file, rows)
+            written[file] = len(rows)
     for split in ("development", "acceptance"):
         prefix = "development-" if split == "development" else ""
-        (folder / f"{prefix}preferred.yaml").write_text(suite_text(preferred_suite(split), PREFERRED_REMARK), "utf-8")
-        (folder / f"{prefix}specialised.yaml").write_text(suite_text(specialised_suite(split), SPECIALISED_REMARK), "utf-8")
+        suites = (("preferred", preferred_suite, PREFERRED_REMARK), ("specialised", specialised_suite, SPECIALISED_REMARK))
+        for name, make_suite, remark in suites:
+            suite = make_suite(split)
+            (folder / f"{prefix}{name}.yaml").write_text(suite_text(suite, remark), "utf-8")
+            written[f"{prefix}{name}.yaml"] = len(suite["prompts"])
+    return written
 
 
 def _stage_maker(name: str) -> Any:
     return lambda **options: stage(name, **options)
+
+
+def _unseen(validation: Sequence[Any], training: Sequence[Any]) -> list[Any]:
+    """The rows that training does not hold, exactly or nearly: ages and hobbies, unlike names and towns, belong to no split."""
+    seen = {leak.eval_index for leak in leaks(_examples(training), _examples(validation))}
+    return [row for index, row in enumerate(validation) if index not in seen]
+
+
+def _examples(rows: Sequence[Any]) -> list[Any]:
+    return list(to_examples(Row(Place("", index), row) for index, row in enumerate(rows)))
 
 
 def _write_lines(path: Path, rows: Iterable[Any]) -> None:
@@ -324,9 +345,14 @@ def _write_lines(path: Path, rows: Iterable[Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the data of the starter's preference and multi-stage experiments.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the files to")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
+    parser.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, help=f"the same seed gives the same files (default: {DEFAULT_SEED})"
+    )
     arguments = parser.parse_args()
-    write_all(arguments.out, seed=arguments.seed)
+    written = write_all(arguments.out, seed=arguments.seed)
+    print(f"Wrote {len(written)} files to {arguments.out}:")
+    for name, count in written.items():
+        print(f"  {name:<32}{count:>6,} {'prompts' if name.endswith('.yaml') else 'rows'}")
 
 
 if __name__ == "__main__":
