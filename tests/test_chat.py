@@ -117,6 +117,16 @@ def test_of_two_answers_one_is_preferred(chat_model: object, tmp_path: Path) -> 
     }
 
 
+def test_two_answers_that_are_alike_take_no_vote(chat_model: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "votes.jsonl"
+    chat = Chat(chat_model, votes=path, max_new_tokens=4)  # type: ignore[arg-type]
+    monkeypatch.setattr(type(chat_model), "stream", lambda *_, **__: iter(["So", "."]))
+    chat.command("/both")
+    ask(chat, "hello")
+    for choice in ("/1", "/2", "/tie"):
+        assert "are the same" in chat.command(choice) and not path.exists()
+
+
 def test_what_cannot_be_voted_on_is_told(chat_model: object, tmp_path: Path) -> None:
     chat = Chat(chat_model, max_new_tokens=4)  # type: ignore[arg-type]
     ask(chat, "hello")

@@ -122,7 +122,41 @@ def test_the_verb_takes_votes_from_a_pipe_and_the_file_trains(
     assert sum(answer.json["votes"].values()) == 3 and answer.json["votes"]["tie"] == 1
     monkeypatch.setattr("sys.stdin", io.StringIO("1\n"))
     again = ftf(*arguments)
-    assert again.code == 0 and "1 votes added" in again.out and "3 had a vote before" in again.out
+    assert again.code == 0 and "1 vote added" in again.out and "3 questions had a vote before" in again.out
     report = ftf("data", "check", votes, "--json").json[0]
     assert report["preferences"]["pair"] == 3 and report["rejected"] == {"ROW_NO_PREFERENCE": 1}
     assert ftf(*arguments, "--suite", "starter").code == 2
+
+
+def test_no_votes_added_is_told_with_its_reason(
+    ftf: Ftf, models: tuple[Any, Any, Path], examples: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, votes = tmp_path / "questions.jsonl", tmp_path / "votes.jsonl"
+    arguments = ("compare", "base", models[2], "--data", data, "--votes", votes, "--max-new-tokens", 6, "--limit", 2)
+    monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
+    assert f"0 votes added to {votes}: 2 questions left open." in ftf(*arguments).out
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n2\n"))
+    assert "2 votes added" in ftf(*arguments).out
+    told = ftf(*arguments).out
+    assert f"0 votes added to {votes}: 2 questions had a vote before." in told and "--limit" in told
+
+
+def test_answers_that_are_alike_are_not_voted_on_and_that_is_told(
+    ftf: Ftf, models: tuple[Any, Any, Path], examples: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, votes = tmp_path / "questions.jsonl", tmp_path / "votes.jsonl"
+    monkeypatch.setattr("finetuneflow.evaluation.ballots._answers", lambda generator, asked, limit: ["So. "] * len(asked))
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n" * QUESTIONS))
+    arguments = ("compare", "base", models[2], "--data", data, "--votes", votes)
+    assert f"0 votes added to {votes}: both models answer {QUESTIONS} questions alike" in ftf(*arguments).out
+    assert not votes.exists()
+    assert ftf(*arguments, "--json").json["same_answers"] == QUESTIONS
+
+
+@pytest.mark.parametrize("arguments", [("compare", "base", "starter"), ("chat", "starter")], ids=lambda arguments: arguments[0])
+def test_a_vote_file_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    ftf: Ftf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("finetuneflow.inference.load_generator", lambda *_, **__: pytest.fail("loaded"))
+    answer = ftf(*arguments, "--votes", tmp_path, *(("--message", "Hi", "--json") if arguments[0] == "chat" else ("--json",)))
+    assert (answer.code, answer.json["error_code"]) == (10, "STORAGE_UNUSABLE")

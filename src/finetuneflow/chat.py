@@ -81,6 +81,8 @@ class Chat:
             return "There was one answer: say /good or /bad."
         if len(said) > 1 and choice in RATINGS.values():
             return "There were two answers: say /1, /2 or /tie."
+        if len(said) > 1 and said[0].text.strip() == said[1].text.strip():
+            return "Both answers are the same, so there is nothing to prefer: not noted."
         append_vote(self.votes, Vote(prompt, dict(zip(("a", "b"), said, strict=False)), choice, comment))
         self._open = None
         return f"Noted in {self.votes}."

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from finetuneflow.cli_options import Json
-from finetuneflow.errors import ConfigError, DataError, StorageError
+from finetuneflow.errors import ConfigError, DataError, ModelError, StorageError
 
 data_app = typer.Typer(help="Look at, check, convert and mix datasets.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -96,6 +96,7 @@ def data_convert(
     from finetuneflow.data.examples import to_examples, write_canonical
     from finetuneflow.data.preferences import FormReader
     from finetuneflow.data.sources import read_rows
+    from finetuneflow.knowledge.situation import many
     from finetuneflow.terminal import print_json, say
 
     if out.exists() and not overwrite:
@@ -110,7 +111,7 @@ def data_convert(
     if as_json:
         print_json({"out": str(out), "examples": written, "problems": str(problems), "rejected": rejected})
     else:
-        say(f"{written:,} examples in {out}" + (f"; {rejected:,} rejected rows in {problems}" if rejected else ""))
+        say(f"{many(written, 'example')} in {out}" + (f"; {many(rejected, 'rejected row')} in {problems}" if rejected else ""))
 
 
 @data_app.command("preview")
@@ -181,6 +182,7 @@ def data_mix(
 ) -> None:
     """Mix conversations of several files, of any shapes, by weight; duplicates across files are left out."""
     from finetuneflow.data.mix import mix, parse_sources
+    from finetuneflow.knowledge.situation import many
     from finetuneflow.terminal import console, percent, print_json, say, table
 
     if out.exists() and not overwrite:
@@ -213,7 +215,17 @@ def data_mix(
     ]
     console.print(table(None, columns, rows, right=range(1, len(columns))))
     rejected = sum(source.rows_rejected for source in mixed.sources)
-    say(f"{mixed.examples:,} examples in {out}" + (f"; {rejected:,} rejected rows in {mixed.problems}" if rejected else ""))
+    say(
+        f"{many(mixed.examples, 'example')} in {out}"
+        + (f"; {many(rejected, 'rejected row')} in {mixed.problems}" if rejected else "")
+    )
+    if mixed.limited_by:
+        say(
+            f"! {mixed.limited_by} is used up"
+            + (f", and {many(mixed.left_over, 'usable example')} of the other files left out" if mixed.left_over else "")
+            + ". With --repeat it is used again to keep the shares (--count: how many examples in all); or give it a smaller weight.",
+            style="yellow",
+        )
 
 
 def _mapping(pairs: list[str] | None) -> Any:
@@ -246,7 +258,12 @@ def _template_and_policy(
     from finetuneflow.models.source import ModelSource, tokenizer_folder
     from finetuneflow.models.tokenizer import load_tokenizer
 
-    folder, own_code = tokenizer_folder(ModelSource(model))
+    try:
+        folder, own_code = tokenizer_folder(ModelSource(model))
+    except ModelError as error:
+        if error.code == "MODEL_OFFLINE":  # `models/mine` can be a hub id, and a folder that is misspelt
+            error.message = f"There is no folder {model}. {error.message}"
+        raise
     tokenizer, _ = load_tokenizer(folder, run_own_code=own_code)
     policy = Policy(supervise=supervise, max_length=max_length, overlong=overlong)
     return resolve_template(tokenizer, template, consent=True), policy

@@ -3,7 +3,7 @@
 1  the first is better        2  the second is better
 t  a tie                      b  both are bad
 q  leave; votes are kept, and the next session goes on here
-Words after the letter are kept as a comment.
+Words after the letter are kept as a comment. Questions that both answer alike are left out.
 """
 
 from __future__ import annotations

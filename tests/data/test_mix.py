@@ -83,7 +83,7 @@ def test_bad_rows_go_into_the_file_beside_it_and_other_kinds_are_counted(tmp_pat
     mixed = mix([Source(path, 1)], tmp_path / "out.jsonl")
     [source] = mixed.sources
     assert (source.rows_rejected, source.other_kinds, mixed.examples) == (2, 1, 5)
-    assert [row["code"] for row in lines(mixed.problems)] == ["ROW_UNKNOWN_SHAPE", "ROW_BAD_JSON"]
+    assert mixed.problems and [row["code"] for row in lines(mixed.problems)] == ["ROW_UNKNOWN_SHAPE", "ROW_BAD_JSON"]
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a document"}\n')
     with pytest.raises(DataError, match="no conversation that could be mixed"):
@@ -115,8 +115,57 @@ def test_sources_are_parsed_with_and_without_weight(tmp_path: Path) -> None:
         Source(odd, 2.0),
     ]
     for text in ("a.jsonl=0", "a.jsonl=-1", "a.jsonl=many", "=1", "a=nan", "a=inf"):
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match="not of the form"):
             parse_sources([text])
+
+
+@pytest.mark.parametrize("weight", ["1e308", "1e10", "1e-10", "5e-324"])
+def test_weights_out_of_all_proportion_are_refused(ftf: Ftf, tmp_path: Path, weight: str) -> None:
+    """Their sum would be infinite, or a share zero."""
+    files = [f"{sharegpt(tmp_path, 3)}={weight}", f"{questions(tmp_path, 3)}={weight}"]
+    answer = ftf("data", "mix", *files, "--out", tmp_path / "out.jsonl", "--json")
+    assert answer.json["error_code"] == "CONFIG_INVALID_VALUE" and "is not between" in answer.json["detail"]
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "options"),
+    [
+        ((1e-9, 1e9), ("--repeat",)),
+        ((1.0, 1.0), ("--repeat", "--count", 1_000_000_000)),
+        ((1.0, 1.0), ("--repeat", "--count", 10**400)),
+    ],
+)
+def test_a_mix_without_bounds_is_refused_before_it_is_drawn(
+    ftf: Ftf, tmp_path: Path, weights: tuple[float, float], options: tuple[object, ...]
+) -> None:
+    files = [f"{sharegpt(tmp_path, 3)}={weights[0]}", f"{questions(tmp_path, 3)}={weights[1]}"]
+    answer = ftf("data", "mix", *files, "--out", tmp_path / "out.jsonl", *options, "--json")
+    assert (
+        answer.json["error_code"] == "CONFIG_INVALID_VALUE"
+        and "10,000,000" in answer.json["detail"]
+        and not (tmp_path / "out.jsonl").exists()
+    )
+
+
+def test_the_file_that_limits_a_mix_is_named_with_the_way_out(ftf: Ftf, tmp_path: Path) -> None:
+    first, second = sharegpt(tmp_path, 20), questions(tmp_path, 5)
+    arguments = ("data", "mix", first, second, "--overwrite", "--out", tmp_path / "out.jsonl")
+    told = ftf(*arguments).out
+    assert f"{second} is used up, and 15 usable examples" in told and "--repeat" in told and "--count" in told
+    assert ftf(*arguments, "--json").json["limited_by"] == str(second)
+    assert ftf(*arguments, "--count", 30, "--json").json["limited_by"] == str(second)
+    for enough in (("--count", 10), ("--repeat",), ("--repeat", "--count", 60)):
+        found = ftf(*arguments, *enough, "--json").json
+        assert found["limited_by"] is None, enough
+
+
+def test_a_mix_without_rejected_rows_leaves_no_file_about_them(tmp_path: Path) -> None:
+    path, out = questions(tmp_path, 5), tmp_path / "out.jsonl"
+    path.write_text(path.read_text() + "{not json\n")
+    assert mix([Source(path, 1)], out).problems == (beside := tmp_path / "out.problems.jsonl") and beside.exists()
+    mixed = mix([Source(questions(tmp_path, 5), 1)], out)
+    assert mixed.problems is None and not beside.exists() and mixed.to_dict()["problems"] is None
 
 
 def test_the_verb_mixes_and_says_what_came_from_where(ftf: Ftf, tmp_path: Path) -> None:

@@ -247,6 +247,53 @@ def test_examples_of_kinds_the_objective_cannot_use_are_counted_apart(kitchen: K
     assert caught.value.code == "TRAINING_NO_DATA" and "4 preference" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("form", "content", "objective"),
+    [
+        ("supervised", "preference", "dpo"),
+        ("supervised", "unpaired", "kto"),
+        ("pair", "chat", "sft"),
+        ("rated", "text", "pretrain"),
+    ],
+)
+def test_data_of_another_objective_names_it(kitchen: Kitchen, form: Any, content: str, objective: str) -> None:
+    row = {
+        "preference": {"prompt": "Why?", "chosen": "So it is.", "rejected": "No."},
+        "unpaired": {"prompt": "Why?", "completion": "No.", "label": False},
+        "chat": {"question": "Why?", "answer": "So."},
+        "text": {"text": "A passage of some length."},
+    }[content]
+    with pytest.raises(DataError) as caught:
+        kitchen.cook(Recipe(train=(kitchen.file("one.jsonl", [row]),), form=form))
+    assert f"--set training.objective={objective}" in str(caught.value.remedy)
+    assert f"1 {content} example" in caught.value.message and "examples" not in caught.value.message
+
+
+def test_what_is_left_out_is_said_on_every_run_and_kept_for_the_report(kitchen: Kitchen) -> None:
+    long = [{"instruction": "Count.", "output": "one two three " * 60}]
+    pair = {"prompt": "Why?", "chosen": "So it is.", "rejected": "No."}
+    recipe = Recipe(
+        train=(kitchen.file("mixed.jsonl", [*rows(40), *long, pair, "{not json"]),),
+        policy=Policy(max_length=80, overlong="drop"),
+        eval_fraction=0.0,
+    )
+    said = []
+    for _ in range(2):
+        manifest = kitchen.cook(recipe).manifest
+        said.append([{"event": "warning", **warning} for warning in manifest["warnings"]])
+        assert [event for event in kitchen.events if event["event"] == "warning"] == said[-1]
+    assert kitchen.tokenized == 0 and said[0] == said[1]
+    rejected, dropped = said[0]
+    assert rejected["code"] == "ROWS_REJECTED" and dropped["code"] == "ROWS_DROPPED"
+    assert (
+        "2 rows" in rejected["message"]
+        and "ROW_BAD_JSON 1" in rejected["message"]
+        and "1 preference example" in rejected["message"]
+    )
+    assert dropped["message"].startswith("1 of 41 examples left out (ROW_TOO_LONG 1)")
+    assert all(warning["advice"] for warning in said[0])
+
+
 def test_documents_of_one_token_are_refused_as_there_is_nothing_to_predict(kitchen: Kitchen) -> None:
     template = resolve_template(tiny_tokenizer(eos_token=None), "auto")
     name = kitchen.file("words.jsonl", [{"text": letter} for letter in "abcdefgh"])
@@ -368,7 +415,7 @@ def test_a_prompt_that_was_trained_on_is_a_leak(kitchen: Kitchen) -> None:
     held = kitchen.file("held.jsonl", [*other, *pairs(2, start=90)])
     kitchen.cook(Recipe(train=(train,), eval=(held,), form="pair"))
     (warning,) = [event for event in kitchen.events if event.get("code") == "EVAL_LEAK"]
-    assert warning["message"].startswith("1 evaluation examples") and "prompt" in warning["message"]
+    assert warning["message"].startswith("1 evaluation example is") and "prompt" in warning["message"]
 
 
 def test_what_is_set_aside_does_not_count_as_rejected(kitchen: Kitchen) -> None:

@@ -191,6 +191,20 @@ def test_a_bad_line_is_a_problem_with_its_number_and_the_good_lines_stay(tmp_pat
     assert len(problems[0].found) < 250
 
 
+@pytest.mark.parametrize("name", ["data.jsonl", "data.ndjson", "data.jsonl.gz"])
+@pytest.mark.parametrize("bad_first", ["[1, 2]", "[]", json.dumps(GOOD)])
+def test_a_list_on_the_first_of_json_lines_is_a_bad_row_and_not_the_file(tmp_path: Path, name: str, bad_first: str) -> None:
+    content = (bad_first + "\n" + jsonl(GOOD)).encode()
+    rows, problems = read(write(tmp_path, gzip.compress(content) if name.endswith(".gz") else content, name))
+    assert rows == GOOD and codes(problems) == ["ROW_NOT_AN_OBJECT"]
+    assert "a list" in problems[0].found and "object" in problems[0].hint and problems[0].place.line == 1
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_array_is_read_under_the_name_of_json_lines_too(tmp_path: Path, indent: int | None) -> None:
+    assert read(write(tmp_path, json.dumps(GOOD, indent=indent) + "\n")) == (GOOD, [])
+
+
 @pytest.mark.parametrize("bad_first", ["{'a': 1}", '{"a": 1,}', "garbage"])
 def test_a_bad_first_line_does_not_hide_that_the_file_is_json_lines(tmp_path: Path, bad_first: str) -> None:
     rows, problems = read(write(tmp_path, bad_first + "\n" + jsonl(GOOD)))

@@ -12,7 +12,8 @@ import pytest
 from finetuneflow.data.examples import Example, Message, Place, Problem, to_examples
 from finetuneflow.data.preferences import FormReader
 from finetuneflow.data.sources import Row, read_rows
-from finetuneflow.data.votes import Choice, Vote, Voted, append_vote, voted_keys
+from finetuneflow.data.votes import Choice, Vote, Voted, append_vote, require_vote_file, voted_keys
+from finetuneflow.errors import StorageError
 
 PROMPT = (Message("system", "Be brief."), Message("user", "Why?"))
 
@@ -65,6 +66,34 @@ def test_a_torn_last_line_costs_one_vote(tmp_path: Path) -> None:
     assert [item.kind for item in items if isinstance(item, Example)] == ["preference", "preference"]
     assert len([item for item in items if isinstance(item, Problem)]) == 1
     assert voted_keys(path) == {vote("a").key, vote("b", question="How?").key}
+
+
+def test_a_line_that_nests_too_deep_is_a_bad_row_with_its_reason(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    path.write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + ', "answers": {}, "vote": "a"}\n')
+    append_vote(path, vote("a"))
+    assert voted_keys(path) == {vote("a").key}
+    bad, good = read(path, "pair")
+    assert isinstance(bad, Problem) and (bad.code, bad.place.line) == ("ROW_TOO_DEEP", 1) and bad.found and bad.hint
+    assert isinstance(good, Example)
+
+
+def test_a_place_that_takes_no_votes_is_found_before_the_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "votes.jsonl"
+    for path in (file, tmp_path / "new" / "deep" / "votes.jsonl"):
+        require_vote_file(path)
+    assert not list(tmp_path.iterdir()), "looking leaves nothing behind"
+    file.write_text("")
+    require_vote_file(file)
+    for path in (tmp_path, file / "votes.jsonl"):
+        with pytest.raises(StorageError, match="cannot be written") as caught:
+            require_vote_file(path)
+        assert caught.value.code == "STORAGE_UNUSABLE"
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    for path in (file, tmp_path / "other.jsonl"):
+        with pytest.raises(StorageError, match="may not write") as caught:
+            require_vote_file(path)
+        assert caught.value.code == "STORAGE_NOT_WRITABLE"
 
 
 def test_what_a_vote_is_about_is_the_prompt_and_both_models() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from finetuneflow.data.json_rows import visible
+from finetuneflow.knowledge.values import many
 from finetuneflow.workspace import translate_os_errors
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ __all__ = [
     "Role",
     "ToolCall",
     "endings_of",
+    "for_other_objectives",
     "message_json",
     "prompt_of",
     "to_canonical",
@@ -40,6 +43,9 @@ __all__ = [
 
 Role = Literal["system", "user", "assistant", "tool"]
 Kind = Literal["chat", "text", "preference", "unpaired"]
+
+# The plainest objective that trains on examples of a kind.
+OBJECTIVE_OF: dict[Kind, str] = {"chat": "sft", "text": "pretrain", "preference": "dpo", "unpaired": "kto"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,14 @@ def endings_of(example: Example) -> tuple[tuple[Message, ...], ...]:
     if example.kind == "preference":
         return example.chosen, example.rejected
     return (example.messages[len(prompt_of(example)) :],)
+
+
+def for_other_objectives(kinds: Counter[str]) -> tuple[str, str]:
+    """Of examples the objective cannot use: how many of each kind, and the setting that uses them, for an error; empty for none."""
+    found = [kind for kind in OBJECTIVE_OF if kinds[kind]]
+    counts = ", ".join(many(kinds[kind], f"{kind} example") for kind in found)
+    settings = " or ".join(f"--set training.objective={OBJECTIVE_OF[kind]}" for kind in found)
+    return (f"for other objectives: {counts}", f"Train on them with {settings}. ") if found else ("", "")
 
 
 # What `Example.notes` can hold: code -> what was recognised, and what was done about it.

@@ -20,8 +20,11 @@ from finetuneflow.data.similarity import exact_key, near_clusters
 from finetuneflow.data.sources import read_rows
 from finetuneflow.data.spool import Spool
 from finetuneflow.errors import ConfigError, DataError
+from finetuneflow.knowledge.situation import many
 
 MIXED_KINDS: frozenset[Kind] = frozenset({"chat"})  # one conversational set
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9  # beyond them sums and shares leave the range of a float
+MOST_REPEATED = 10_000_000  # examples of a mix that repeats some: they are drawn in memory, and a typing error must not fill it
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,15 @@ class Source:
 
     path: Path
     weight: float
+
+    def __post_init__(self) -> None:
+        if not SMALLEST_WEIGHT <= self.weight <= LARGEST_WEIGHT:
+            raise ConfigError(
+                "CONFIG_INVALID_VALUE",
+                f"The weight {self.weight:g} of {self.path} is not between {SMALLEST_WEIGHT:g} and {LARGEST_WEIGHT:g}.",
+                where=str(self.path),
+                remedy="Weights count against each other: 7 and 3 mean the same as 0.7 and 0.3.",
+            )
 
 
 @dataclass(slots=True)
@@ -48,18 +60,30 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """The result: where it is, and what of it came from where."""
+    """The result: where it is, and what of it came from where.
+
+    `problems`: the file of rejected rows, None where there are none. `limited_by`: the file that is used up, where the others
+    hold more or a larger number was asked for.
+    """
 
     out: Path
-    problems: Path
+    problems: Path | None
     examples: int
     sources: tuple[Taken, ...]
+    limited_by: str | None = None
+
+    @property
+    def left_over(self) -> int:
+        """Usable examples that the mix has no place for."""
+        return sum(max(0, source.usable - source.taken) for source in self.sources)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
-            "problems": str(self.problems),
+            "problems": str(self.problems) if self.problems else None,
             "examples": self.examples,
+            "limited_by": self.limited_by,
+            "left_over": self.left_over,
             "sources": [{**asdict(source), "got_share": source.taken / max(self.examples, 1)} for source in self.sources],
         }
 
@@ -93,7 +117,7 @@ def mix(
     mapping: Mapping | None = None,
     seed: int = 42,
 ) -> Mix:
-    """Write the mixed file and a problems file beside it. `count`: examples wanted; with `repeat`, sources may be used again."""
+    """Write the mixed file, and rejected rows into a file beside it. `count`: examples wanted; with `repeat`, sources may be used again."""
     problems: list[Problem] = []
     pools, taken = _read_all(sources, out.parent, mapping, problems)
     kept = _distinct(pools, taken, near=near_duplicates)
@@ -106,8 +130,12 @@ def mix(
     random.Random(seed).shuffle(order)
     problems_path = out.with_name(f"{out.stem}.problems.jsonl")
     examples: Iterable[Example | Problem] = (pools[number][index] for number, index in order)
-    written, _ = write_canonical(chain(examples, problems), out, problems_path=problems_path)
-    return Mix(out, problems_path, written, tuple(taken))
+    written, _ = write_canonical(chain(examples, problems), out, problems_path=problems_path if problems else None)
+    if not problems:
+        problems_path.unlink(missing_ok=True)  # of an earlier mix
+    falls_short = not repeat and written < (count if count is not None else sum(facts.usable for facts in taken))
+    scarcest = min(taken, key=lambda facts: facts.usable / facts.share)
+    return Mix(out, problems_path if problems else None, written, tuple(taken), scarcest.file if falls_short else None)
 
 
 def _read_all(
@@ -128,7 +156,7 @@ def _read_all(
         if not pool:
             raise DataError(
                 "DATASET_NOTHING_USABLE",
-                f"{source.path} has no conversation that could be mixed ({facts.rows_rejected:,} rows rejected, {facts.other_kinds:,} examples of other kinds).",
+                f"{source.path} has no conversation that could be mixed ({many(facts.rows_rejected, 'row')} rejected, {many(facts.other_kinds, 'example')} of other kinds).",
                 where=str(source.path),
                 remedy=f"See why: ftf data check {source.path}",
             )
@@ -165,11 +193,18 @@ def _counts(weights: Sequence[float], available: Sequence[int], count: int | Non
     """How many examples of each source: the wanted number, or as many as keep the shares without repetition."""
     whole = sum(weights)
     shares = [weight / whole for weight in weights]
-    most = min(size / share for size, share in zip(available, shares, strict=True))
-    if repeat:
-        total = float(count) if count is not None else max(size / share for size, share in zip(available, shares, strict=True))
-    else:
-        total = min(most, count) if count is not None else most
+    enough = [size / share for size, share in zip(available, shares, strict=True)]  # the totals that use each source up
+    wanted = count if count is not None else max(enough)
+    total = wanted if repeat else min(*enough, wanted)
+    if repeat and total > (most := max(MOST_REPEATED, sum(available))):
+        raise ConfigError(
+            "CONFIG_INVALID_VALUE",
+            f"To keep the shares, the mix would have to repeat examples until it holds more than {most:,}."
+            if count is None
+            else f"More than {most:,} examples are asked for, most of them repeated ones.",
+            where="--repeat",
+            remedy="Give a smaller --count, or weights that are nearer to each other.",
+        )
     exact = [share * total for share in shares]
     sizes = [int(number + 1e-9) for number in exact]
     # Largest remainders get what rounding down left over, as far as a source has it.

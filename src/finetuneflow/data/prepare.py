@@ -15,7 +15,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import psutil
 
-from finetuneflow.data.examples import Example, Mapping, Problem, to_examples, write_canonical
+from finetuneflow.data.examples import Example, Mapping, Problem, for_other_objectives, to_examples, write_canonical
 from finetuneflow.data.forms import KINDS, Form, prompt_fields, schema, side_fields, tokenize_prompts, tokenize_sides
 from finetuneflow.data.preferences import (
     SET_ASIDE,
@@ -41,11 +41,15 @@ from finetuneflow.data.templates import Template
 from finetuneflow.data.tokens import MASKED, Policy, TokenizeStats, audit, tokenize_many
 from finetuneflow.errors import DataError
 from finetuneflow.events import Emit
+from finetuneflow.knowledge.run_warnings import WARNINGS
+from finetuneflow.knowledge.values import many
 from finetuneflow.workspace import sha256_file, sha256_json, source_digest, translate_os_errors, write_json
 
 ROWS_PER_BATCH = 1_000
 PROBLEMS_KEPT = 10_000  # written to problems.jsonl; more would say nothing new
 BUILDING = ".building-"  # beginning of the name of a folder that is being filled; the process id follows
+
+Warn = Callable[[str, str], None]  # (code, message): what a build has to say, kept with the tokens for later runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +130,19 @@ def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir
     folder = cache_dir / digest[:32]
     found = _open(folder, digest)
     if found is None:
-        _build(recipe, files, template, folder, emit)
+        _build(recipe, files, template, folder)
         found = _open(folder, digest)
     if found is None:
         raise DataError(
             "DATASET_UNREADABLE", "The tokens just written cannot be read back.", where=str(folder), remedy="Check the disk."
         )
-    _report_preferences(found.manifest, recipe, emit)
+    if recipe.form != "supervised" and recipe.policy.overlong == "split":
+        reason = "Pairs, rated answers and prompts cannot be parted: those that are too long are cut."
+        emit("decision", setting="data.overlong", value="cut", reason=reason)
+    # Weights shape no token, so what is said of them belongs to this run and not to the cache.
+    found.manifest["warnings"] += _preference_warnings(found.manifest, recipe)
+    for warning in found.manifest["warnings"]:
+        emit("warning", **warning)
     return found
 
 
@@ -143,7 +153,7 @@ def require_files(names: Iterable[str]) -> None:
             raise DataError(
                 "DATASET_NOT_FOUND",
                 f"There is no file {name!r}.",
-                where="data.train / data.eval",
+                where="data.train / data.eval / data.replay",
                 remedy="Check the spelling; the path counts from the folder the command runs in.",
             )
 
@@ -173,27 +183,33 @@ class _Read:
             self.problems.append(problem)
 
 
-def _build(recipe: Recipe, files: dict[str, dict[str, Any]], template: Template, folder: Path, emit: Emit) -> None:
+def _build(recipe: Recipe, files: dict[str, dict[str, Any]], template: Template, folder: Path) -> None:
     """Fill a temporary folder and rename it: a killed build leaves no half cache."""
+    warnings: list[dict[str, str]] = []
+
+    def warn(code: str, message: str) -> None:
+        warnings.append(_warning(code, message))
+
     train_read = _read(recipe.train, recipe, folder.parent)
     eval_read = _read(recipe.eval, recipe, folder.parent) if recipe.eval else None
     for read in (train_read, eval_read):
         if read is not None:
-            _check_threshold(read, recipe)
-    own, held_out = _divide(train_read.examples, eval_read.examples if eval_read else None, recipe, emit)
-    train, replayed = _with_replay(own, held_out, recipe, folder.parent, emit)
+            _check_threshold(read, recipe, warn)
+    own, held_out = _divide(train_read.examples, eval_read.examples if eval_read else None, recipe, warn)
+    train, replayed = _with_replay(own, held_out, recipe, folder.parent, warn)
     with translate_os_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder.parent)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{BUILDING}{os.getpid()}-"))
         try:
             stats = _write_tokens(train, template, recipe, temporary / "train.arrow")
-            _report_audit(stats, template, recipe.form, emit)
+            _report_audit(stats, template, recipe.form, warn)
             eval_stats = _write_tokens(held_out, template, recipe, temporary / "eval.arrow")
-            _report_held_out(eval_stats, emit)
+            _report_held_out(eval_stats, warn)
             problems = [*train_read.problems, *(eval_read.problems if eval_read else [])]
             write_canonical(chain(held_out, problems), temporary / "eval.jsonl", problems_path=temporary / "problems.jsonl")
             manifest = _manifest(recipe, files, template, train_read, eval_read, train, held_out, stats, eval_stats)
+            manifest["warnings"] = warnings
             if recipe.replay and recipe.form == "supervised":
                 manifest["replay"] = {"files": [files[name] for name in recipe.replay], **replayed}
             write_json(temporary / "manifest.json", manifest)
@@ -202,6 +218,10 @@ def _build(recipe: Recipe, files: dict[str, dict[str, Any]], template: Template,
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _warning(code: str, message: str, advice: str | None = None) -> dict[str, str]:
+    return {"code": code, "message": message, "advice": advice or WARNINGS[code].advice}
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
@@ -237,64 +257,63 @@ def _items(names: Sequence[str], recipe: Recipe) -> Iterator[Example | Problem]:
         yield from to_examples(rows, mapping, tree_paths=recipe.tree_paths, several_answers=several)
 
 
-def _check_threshold(read: _Read, recipe: Recipe) -> None:
+def _check_threshold(read: _Read, recipe: Recipe, warn: Warn) -> None:
+    """Raises where nothing, or too little, of the files can be used; warns of what is left out."""
+    others, objective = for_other_objectives(read.unsuited)
+    aside = [f"{code} {count:,}" for code, count in read.unsuited.items() if code in SET_ASIDE]
     if not read.examples:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in read.unsuited.items() if kind not in SET_ASIDE)
-        aside = ", ".join(f"{code} {count:,}" for code, count in read.unsuited.items() if code in SET_ASIDE)
+        counts = [f"{many(read.rejected.total(), 'row')} rejected", *(f"{reason} set aside" for reason in aside), others]
         raise DataError(
             "TRAINING_NO_DATA",
-            f"No example in {', '.join(read.names)} can be used: {read.rejected.total():,} rows were rejected"
-            + (f", {aside} set aside" if aside else "")
-            + (f", and {kinds} examples are for other objectives." if kinds else "."),
+            f"No example in {', '.join(read.names)} can be used: {', '.join(filter(None, counts))}.",
             where=str(read.problems[0].place) if read.problems else None,
-            remedy=(f"{read.problems[0].hint} " if read.problems else "") + "`ftf data check` shows every reason.",
+            remedy=objective + (f"{read.problems[0].hint} " if read.problems else "") + "`ftf data check` shows every reason.",
         )
     rejected = read.rejected.total()
     share = rejected / (rejected + len(read.examples))
+    reasons = [f"{code} {count:,}" for code, count in read.rejected.most_common()]
     if share > recipe.reject_threshold:
-        reasons = read.rejected.most_common(3)
         raise DataError(
             "DATASET_TOO_MANY_REJECTED",
-            f"{rejected:,} of {rejected + len(read.examples):,} rows of {', '.join(read.names)} ({share:.1%}) cannot be used: "
-            + ", ".join(f"{code} {count:,}" for code, count in reasons)
-            + f"; the limit is {recipe.reject_threshold:.0%}.",
+            f"{rejected:,} of {many(rejected + len(read.examples), 'row')} of {', '.join(read.names)} ({share:.1%}) cannot be used: "
+            f"{', '.join(reasons[:3])}; the limit is {recipe.reject_threshold:.0%}.",
             where=str(read.problems[0].place),
             remedy="Look at them with `ftf data check`, mend the file, or raise data.reject_threshold.",
         )
+    if left_out := rejected + read.unsuited.total():
+        why = ", ".join(filter(None, [*reasons, *aside, others]))
+        warn("ROWS_REJECTED", f"{many(left_out, 'row')} of {', '.join(read.names)} left out ({why}).")
 
 
 def _divide(
-    examples: Sequence[Example], given: Sequence[Example] | None, recipe: Recipe, emit: Emit
+    examples: Sequence[Example], given: Sequence[Example] | None, recipe: Recipe, warn: Warn
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """(training, held out): the given evaluation examples, or a seeded share in which no duplicate straddles."""
     by_prompt = recipe.form != "supervised"  # then a prompt seen in training would give its answers away
     if given is not None:
         if shared := leaks(examples, given, by_prompt=by_prompt):
-            emit(
-                "warning",
-                code="EVAL_LEAK",
-                message=f"{len(shared):,} evaluation examples are also in the training data (exactly or nearly{', or by their prompt' if by_prompt else ''}): the evaluation will look too good.",
-                advice="Remove them from one side, or drop data.eval and let a clean share be held out.",
+            warn(
+                "EVAL_LEAK",
+                f"{many(len(shared), 'evaluation example')} {'is' if len(shared) == 1 else 'are'} also in the training data "
+                f"(exactly or nearly{', or by their prompt' if by_prompt else ''}): the evaluation will look too good.",
             )
         return examples, given
     fraction = min(recipe.eval_fraction, recipe.eval_limit / len(examples))
     if fraction > 0 and len(examples) < 2:
-        emit(
-            "warning",
-            code="NO_EVALUATION",
-            message="There is 1 example, so none can be held out: nothing will show whether the model learned more than this one by heart.",
-            advice="Give at least 2 different examples, or a file of its own as data.eval.",
+        warn(
+            "NO_EVALUATION",
+            "There is 1 example, so none can be held out: nothing will show whether the model learned more than this one by heart.",
         )
     if fraction == 0 or len(examples) < 2:
         return examples, []
     parts = split(examples, eval_fraction=fraction, seed=recipe.seed, by_prompt=by_prompt)
     for text in parts.warnings:
-        emit("warning", code="SPLIT", message=text, advice="")
+        warn("SPLIT", text)
     return Selection(examples, parts.train_indices), Selection(examples, parts.eval_indices)
 
 
 def _with_replay(
-    own: Sequence[Example], held_out: Sequence[Example], recipe: Recipe, spool_dir: Path, emit: Emit
+    own: Sequence[Example], held_out: Sequence[Example], recipe: Recipe, spool_dir: Path, warn: Warn
 ) -> tuple[Sequence[Example], dict[str, Any]]:
     """The training examples with general ones behind them, and how many those are, for the manifest.
 
@@ -304,17 +323,15 @@ def _with_replay(
     if not recipe.replay or recipe.form != "supervised":
         return own, {}
     general = _read(recipe.replay, replace(recipe, limit=None, mapping={}), spool_dir)
-    _check_threshold(general, recipe)
+    _check_threshold(general, recipe, warn)
     seen = {leak.eval_index for leak in leaks(held_out, general.examples)} if held_out else set()
     usable = [index for index in range(len(general.examples)) if index not in seen]
-    wanted = max(1, round(len(own) * recipe.replay_share / (1 - recipe.replay_share)))
+    wanted = replay_count(len(own), recipe.replay_share)
     chosen = sorted(random.Random(recipe.seed).sample(usable, min(wanted, len(usable))))
     if len(chosen) < wanted:
-        emit(
-            "warning",
-            code="REPLAY_TOO_SMALL",
-            message=f"data.replay holds {len(chosen):,} usable examples, but a share of {recipe.replay_share:.0%} needs {wanted:,}: all are used once.",
-            advice="Add general data, or lower data.replay_share.",
+        warn(
+            "REPLAY_TOO_SMALL",
+            f"data.replay holds {many(len(chosen), 'usable example')}, but a share of {recipe.replay_share:.0%} needs {wanted:,}: all are used once.",
         )
     counts = {
         "available": len(general.examples),
@@ -324,6 +341,11 @@ def _with_replay(
         "rejected": dict(general.rejected),
     }
     return Concatenation(own, Selection(general.examples, chosen)), counts
+
+
+def replay_count(own: int, share: float) -> int:
+    """Replayed examples beside `own` ones such that they are `share` of all."""
+    return max(1, round(own * share / (1 - share)))
 
 
 @dataclass(slots=True)
@@ -414,58 +436,50 @@ def _batched(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[st
         yield batch
 
 
-def _report_audit(written: _Written, template: Template, form: Form, emit: Emit) -> None:
+def _report_audit(written: _Written, template: Template, form: Form, warn: Warn) -> None:
     """Raises for what would waste the run; says the rest."""
     for finding in audit(written.stats, template, labelled=form != "prompt"):
         if finding.code != "TEMPLATE_NOTE":  # said when the template was chosen
-            emit("warning", code=finding.code, message=finding.message, advice="")
+            warn(finding.code, finding.message)
     if not written.rows and form == "prompt":
         reasons = ", ".join(f"{code} {count:,}" for code, count in written.stats.problems.most_common())
         raise DataError(
             "TRAINING_NO_DATA",
-            f"None of {written.stats.examples:,} prompts can be used ({reasons}).",
+            f"None of {many(written.stats.examples, 'prompt')} can be used ({reasons}).",
             remedy="Raise data.max_length, or look at the rows with `ftf data preview --form prompt`.",
         )
     if not written.rows:
         raise DataError(
             "TRAINING_NO_SUPERVISED_TOKENS",
-            f"All {written.stats.rows:,} rows are one token long: there is no next token to learn.",
+            f"Every row ({written.stats.rows:,}) is one token long: there is no next token to learn.",
             remedy="Raise data.max_length, or give longer texts.",
         )
 
 
-def _report_held_out(written: _Written, emit: Emit) -> None:
+def _report_held_out(written: _Written, warn: Warn) -> None:
     """Held-out examples that cannot be measured are no reason to stop, but never left out in silence."""
     stats = written.stats
     reasons = ", ".join(f"{code} {count:,}" for code, count in stats.problems.most_common())
     if stats.examples and not written.rows:
-        emit(
-            "warning",
-            code="NO_EVALUATION",
-            message=f"None of {stats.examples:,} held-out examples can be measured ({reasons}): there will be no evaluation, and the last weights are kept.",
-            advice="Raise data.max_length, or give other examples as data.eval.",
+        warn(
+            "NO_EVALUATION",
+            f"None of {many(stats.examples, 'held-out example')} can be measured ({reasons}): there will be no evaluation, and the last weights are kept.",
         )
     elif stats.dropped:
-        emit(
-            "warning",
-            code="EVAL_ROWS_DROPPED",
-            message=f"{stats.dropped:,} of {stats.examples:,} held-out examples are left out ({reasons}).",
-            advice="",
+        warn(
+            "EVAL_ROWS_DROPPED",
+            f"{stats.dropped:,} of {many(stats.examples, 'held-out example')} left out ({reasons}).",
         )
 
 
-def _report_preferences(manifest: dict[str, Any], recipe: Recipe, emit: Emit) -> None:
-    """What the pairs or labels would teach besides what is meant; said for tokens out of the cache too."""
-    if recipe.form != "supervised" and recipe.policy.overlong == "split":
-        reason = "Pairs, rated answers and prompts cannot be parted: those that are too long are cut."
-        emit("decision", setting="data.overlong", value="cut", reason=reason)
-    findings: list[tuple[str, str, str]] = []
+def _preference_warnings(manifest: dict[str, Any], recipe: Recipe) -> list[dict[str, str]]:
+    """What the pairs or labels would teach besides what is meant."""
+    findings: Iterable[tuple[str, str, str]] = ()
     if recipe.form == "pair":
-        findings += pair_findings(manifest["pairs"])
+        findings = pair_findings(manifest["pairs"])
     elif recipe.form == "rated":
-        findings += rated_findings(manifest["rated"], recipe.rated_weights)
-    for code, message, advice in findings:
-        emit("warning", code=code, message=message, advice=advice)
+        findings = rated_findings(manifest["rated"], recipe.rated_weights)
+    return [_warning(*finding) for finding in findings]
 
 
 def _manifest(

@@ -3,9 +3,10 @@
 Place in the flow: **sources.read_rows** -> `examples.to_examples` -> `quality.inspect`.
 
 The format is found from the content, not from the name (the name only settles a draw between a table with one column
-and plain text): JSON Lines, one JSON array, JSON objects one after the other, CSV/TSV/semicolon/pipe tables, Parquet,
-plain text and Markdown; each may be compressed with gzip or zstd. Encodings: UTF-8 with or without a byte-order mark,
-UTF-16, UTF-32, and cp1252 for tables and plain text. JSON is always Unicode: a byte that is not is a bad row.
+and plain text, and whether a list on the first line is a row or the file): JSON Lines, one JSON array, JSON objects one
+after the other, CSV/TSV/semicolon/pipe tables, Parquet, plain text and Markdown; each may be compressed with gzip or zstd.
+Encodings: UTF-8 with or without a byte-order mark, UTF-16, UTF-32, and cp1252 for tables and plain text. JSON is always
+Unicode: a byte that is not is a bad row.
 
 What becomes a row:
 
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, TextIO, cast
 
+from finetuneflow.data.conversations import ROLE_KEYS
 from finetuneflow.data.examples import Place, Problem, visible
 from finetuneflow.data.json_rows import (
     ArrayReader,
@@ -50,6 +52,7 @@ from finetuneflow.data.streams import (
     wide_encoding,
 )
 from finetuneflow.errors import DataError
+from finetuneflow.knowledge.values import many
 
 Format = Literal["jsonl", "json-array", "json-objects", "csv", "parquet", "text"]
 DELIMITERS = (",", "\t", ";", "|")
@@ -173,7 +176,7 @@ def sniff(path: str | Path, *, encoding: str | None = None, limits: Limits | Non
             "DATASET_EMPTY", f"{path.name} is empty.", where=str(path), remedy="Give a file with at least one example."
         )
     whole = len(probe) < PROBE_BYTES
-    kind = _json_format(text, whole)
+    kind = _json_format(text, whole, lines_promised=_stem(path.name).endswith((".jsonl", ".ndjson")))
     if kind is not None:
         return SourceInfo(kind, compression, wide or "utf-8")
     chosen = wide or eight_bit_encoding(path, limits)
@@ -258,15 +261,19 @@ def _check_encoding(encoding: str, path: Path) -> None:
 # --- JSON --------------------------------------------------------------------------------------
 
 
-def _json_format(text: str, whole: bool) -> Format | None:
-    """Which JSON layout the beginning of a file shows, or None when it is no JSON. `whole`: the text is the whole file."""
+def _json_format(text: str, whole: bool, *, lines_promised: bool) -> Format | None:
+    """Which JSON layout the beginning of a file shows, or None when it is no JSON. `whole`: the text is the whole file.
+
+    `lines_promised`: its name is that of JSON Lines, so a first line that is a whole list is one bad row and not the file.
+    """
     text = text.lstrip("\ufeff \t\r\n")
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not whole and len(lines) > 1:
         lines.pop()
     first, rest = lines[0], lines[1:]
     if text[0] == "[":
-        one_list_per_line = rest and isinstance(_parsed(first), list) and isinstance(_parsed(rest[0]), list)
+        next_rows = (list, dict) if lines_promised else list
+        one_list_per_line = rest and isinstance(_parsed(first), list) and isinstance(_parsed(rest[0]), next_rows)
         return "jsonl" if one_list_per_line else "json-array"
     object_lines = sum(line.startswith("{") for line in lines)
     if text[0] == "{":
@@ -296,6 +303,11 @@ def _parsed(line: str) -> Any:
         return _NOTHING
 
 
+def _stem(name: str) -> str:
+    """A file's name without what its compression adds."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst")
+
+
 def _ends_inside(line: str) -> bool | None:
     """True when a line is the beginning of a JSON value that goes on in the next line, False when it is broken."""
     try:
@@ -316,7 +328,10 @@ def _json_entry(parsed: Parsed) -> Entry:
     if isinstance(value, str):
         return parsed.line, {"string": value}
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        return parsed.line, {"messages": value}
+        if not value[0].keys().isdisjoint(ROLE_KEYS):
+            return parsed.line, {"messages": value}
+        hint = "One object per line: take the objects of this list out of it."
+        return parsed.line, Fault("ROW_NOT_AN_OBJECT", f"a list of {many(len(value), 'object')} without roles", hint)
     names = {list: "a list", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
     found = f"{names[type(value)]}: {visible(json.dumps(value, ensure_ascii=False)[:200], 60)}"
     return parsed.line, Fault("ROW_NOT_AN_OBJECT", found, 'Each row must be an object such as {"question": …, "answer": …}.')
@@ -327,7 +342,7 @@ def _json_entry(parsed: Parsed) -> Entry:
 
 def _delimiter(text: str, name: str, whole: bool) -> str | None:
     """The delimiter under which the first rows make a table, or None for plain text."""
-    stem = name.lower().removesuffix(".gz").removesuffix(".zst")
+    stem = _stem(name)
     named_table = stem.endswith((".csv", ".tsv"))
     best, best_score = None, 0.0
     for delimiter in DELIMITERS:

@@ -31,6 +31,7 @@ from finetuneflow.data.examples import Example, Message, Place, Problem
 from finetuneflow.data.spans import Located
 from finetuneflow.data.templates import Template
 from finetuneflow.errors import DataError
+from finetuneflow.knowledge.values import many
 
 Supervise = Literal["assistant", "last", "all"]  # every assistant turn | only the last one | everything
 Overlong = Literal["drop", "cut", "split"]
@@ -528,19 +529,21 @@ def audit(rows: TokenizeStats | Iterable[Tokens], template: Template, *, labelle
     if stats.dropped:
         reasons = ", ".join(f"{code} {count:,}" for code, count in stats.problems.most_common())
         findings.append(
-            AuditFinding("ROWS_DROPPED", f"{stats.dropped:,} of {stats.examples:,} examples are left out ({reasons}).")
+            AuditFinding("ROWS_DROPPED", f"{stats.dropped:,} of {many(stats.examples, 'example')} left out ({reasons}).")
         )
     if stats.lost_answer_tokens:
         share = stats.lost_answer_tokens / (stats.supervised + stats.lost_answer_tokens)
         findings.append(
             AuditFinding(
-                "ANSWERS_CUT", f"{stats.cut:,} rows are cut; {stats.lost_answer_tokens:,} answer tokens ({share:.1%}) are lost."
+                "ANSWERS_CUT",
+                f"{many(stats.cut, 'row')} cut, {many(stats.lost_answer_tokens, 'answer token')} ({share:.1%}) lost.",
             )
         )
     if stats.unlocated_turns:
         findings.append(
             AuditFinding(
-                "TURNS_UNLOCATED", f"{stats.unlocated_turns:,} assistant turns are empty or could not be found; they are masked."
+                "TURNS_UNLOCATED",
+                f"{many(stats.unlocated_turns, 'assistant turn')} empty or not to be found: masked, so not learned.",
             )
         )
     return findings
@@ -560,14 +563,14 @@ def _refuse_fatal(stats: TokenizeStats, template: Template) -> None:
     if stats.supervised == 0:
         raise DataError(
             "TRAINING_NO_SUPERVISED_TOKENS",
-            f"None of {stats.examples:,} examples has a token that would enter the loss; the loss would read 0 and nothing would be learned.",
+            f"None of {many(stats.examples, 'example')} has a token that would enter the loss; the loss would read 0 and nothing would be learned.",
             remedy="Check that the data has assistant turns, raise max_length, or look at one row with `ftf data preview`.",
             context={"problems": dict(stats.problems)},
         )
     if stats.chats and stats.turn_ends == 0:
         raise DataError(
             "TRAINING_NO_TURN_END",
-            f"No label of {stats.rows:,} rows holds the end of a turn, so the model would not learn to stop.",
+            f"No label of {many(stats.rows, 'row')} holds the end of a turn, so the model would not learn to stop.",
             where=f"template {template.name!r}",
             remedy="Choose a template that ends answers (chatml, plain, …), a tokenizer with an end-of-sequence token, or raise max_length.",
         )
@@ -577,7 +580,7 @@ def _refuse_doubled_bos(stats: TokenizeStats, template: Template) -> None:
     if stats.doubled_bos:
         raise DataError(
             "TRAINING_DOUBLED_BOS",
-            f"{stats.doubled_bos:,} rows begin with two beginning-of-sequence tokens.",
+            f"Two beginning-of-sequence tokens stand at the start of {many(stats.doubled_bos, 'row')}.",
             where=f"template {template.name!r}",
             remedy="Remove bos_token from the template's beginning, or from the tokenizer's post-processor.",
         )

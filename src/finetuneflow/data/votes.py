@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetuneflow.data.examples import Message, message_json
+from finetuneflow.errors import StorageError
 from finetuneflow.workspace import translate_os_errors
 
 Choice = Literal["a", "b", "tie", "both_bad", "good", "bad"]
@@ -56,6 +57,25 @@ def ballot_key(prompt: list[dict[str, Any]], models: list[str]) -> str:
     return json.dumps([prompt, sorted(models)], sort_keys=True)
 
 
+def require_vote_file(path: Path) -> None:
+    """Raise where votes cannot be added to `path`: to be found before anybody is asked, and before a model is loaded."""
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (path.is_file() if nearest == path else nearest.is_dir()):
+        raise StorageError(
+            "STORAGE_UNUSABLE",
+            f"Votes cannot be written to {path}: {nearest} is {'a folder' if nearest.is_dir() else 'no folder'}.",
+            where=str(path),
+            remedy="Name a file with --votes, such as votes.jsonl; it is made with the first vote.",
+        )
+    if not os.access(nearest, os.W_OK):
+        raise StorageError(
+            "STORAGE_NOT_WRITABLE",
+            f"Votes cannot be written to {path}: this user may not write to {nearest}.",
+            where=str(path),
+            remedy="Ask for write access, or name another file with --votes.",
+        )
+
+
 def append_vote(path: Path, vote: Vote, *, now: datetime | None = None) -> None:
     """Add one vote at the end of a file, which is made where there is none."""
     record: dict[str, Any] = {
@@ -85,7 +105,7 @@ def _ends_with_newline(file: Any) -> bool:
 
 
 def voted_keys(path: Path) -> set[str]:
-    """What a vote file has votes about (`Vote.key`); lines that are no votes are passed over."""
+    """What a vote file has votes about (`Vote.key`); lines that are no votes are passed over (`ftf data check` names them)."""
     return set(_keys(path)) if path.exists() else set()
 
 
@@ -95,5 +115,5 @@ def _keys(path: Path) -> Iterator[str]:
             try:
                 record = json.loads(line)
                 yield ballot_key(record["prompt"], [voted["model"] for voted in record["answers"].values()])
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue

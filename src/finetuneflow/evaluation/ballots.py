@@ -81,6 +81,7 @@ class Polling:
         self.counts[vote.vote] += 1
 
     def to_dict(self) -> dict[str, Any]:
+        """How it stands. `same_answers`: questions left out because both models answer them alike; `open`: those without a vote."""
         choices: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
         return {
             "a": self.a.name,
@@ -89,6 +90,7 @@ class Polling:
             "votes": {choice: self.counts[choice] for choice in choices},
             "already_voted": self.already,
             "same_answers": self.same,
+            "open": len(self.asked) - self.same - self.counts.total(),
         }
 
 

@@ -24,6 +24,7 @@ from finetuneflow.evaluation.questions import Question, fitting, label_rows, pro
 from finetuneflow.evaluation.scores import exact_match, token_f1
 from finetuneflow.evaluation.statistics import RULE, Interval, Verdict, effect_size, paired_bootstrap, sign_test, verdict
 from finetuneflow.evaluation.suite import Suite, SuiteResult, run_suite
+from finetuneflow.knowledge.situation import many
 
 if TYPE_CHECKING:
     from finetuneflow.evaluation.losses import Losses
@@ -109,7 +110,7 @@ class Comparison:
             m.verdict
         ]
         return (
-            f"{self.b} {said} {self.a}: {m.name} {m.a:.3g} -> {m.b:.3g} on {m.items} items "
+            f"{self.b} {said} {self.a}: {m.name} {m.a:.3g} -> {m.b:.3g} on {many(m.items, 'item')} "
             f"(gain {m.difference.mean:+.3g}, 95% interval {m.difference.low:+.3g} to {m.difference.high:+.3g}; "
             f"{m.wins} won, {m.ties} tied, {m.losses} lost; sign test p = {m.sign_test_p:.2g})."
         )
