@@ -42,6 +42,7 @@ from finetuneflow.config import (
     build_config,
     dump_config,
     load_values,
+    parse_yaml,
 )
 from finetuneflow.errors import ConfigError
 from finetuneflow.pipeline_gates import EVAL_FIGURES, check_gates
@@ -51,6 +52,7 @@ SECTIONS = tuple(name for name in RunConfig.model_fields if name not in ("versio
 BASE = "base"  # what the first stage starts from, where results are told
 BUNDLED = "bundled"
 RUN_NAME_LIMIT = 60
+MAX_STAGES = 50
 
 
 class Measure(Section):
@@ -189,17 +191,31 @@ def _with_overrides(
             where=where,
             remedy="See docs/pipelines.md and examples/pipelines/.",
         )
+    if len(listed) > MAX_STAGES:
+        raise ConfigError(
+            "CONFIG_INVALID_VALUE",
+            f"`stages` has {len(listed)} stages; a pipeline has at most {MAX_STAGES}.",
+            where=where,
+            remedy="Make several pipelines of it: a stage can start from an earlier run that model.adapter names.",
+        )
     shared = _copied({key: value for key, value in values.items() if key != "stages"})
     stages = [_copied(stage) for stage in listed]
     everywhere = []
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key.startswith("stages."):
-            _, name, *rest = key.split(".")
+            name, _, setting = key.removeprefix("stages.").partition(".")
             stage = next((stage for stage in stages if stage.get("name") == name), None)
-            if stage is None or not rest:
+            if stage is None:
                 raise unknown_stage(name, [str(stage.get("name")) for stage in stages], f"--set {key}")
-            apply_override(stage, ".".join(rest) + "=" + override.partition("=")[2])
+            if not setting:
+                raise ConfigError(
+                    "CONFIG_INVALID_VALUE",
+                    f"{override.strip()[:80]!r} names a stage and none of its settings.",
+                    where=f"--set {key}",
+                    remedy=f"Name one too, e.g. `--set stages.{name}.training.epochs=1`.",
+                )
+            apply_override(stage, override.strip().removeprefix(f"stages.{name}."), where=f"--set {key}")
         elif key.split(".")[0] in SECTIONS:
             everywhere.append(override)
         else:
@@ -340,17 +356,45 @@ def dump_pipeline(pipeline: Pipeline) -> str:
             f"  - name: {stage.name}",
             f"    recipe: {_flow(stage.recipe)}",
             f"    from: {_flow(stage.wanted_from)}  # {stage.start.parent or 'no stage'}",
-            f"    start: {_flow(stage.wanted_start)}  # {stage.start.kind}: {' '.join(stage.start.reason.split())}",
+            f"    start: {_flow(stage.wanted_start)}  # {stage.start.kind}: {_remark(stage.start.reason)}",
             f"    gate: {_flow([gate.text for gate in stage.gates])}",
         ]
-        settings = dump_config(stage.config, stage.origins).splitlines()
+        settings = dump_config(stage.config, stage.origins).split("\n")[:-1]
         lines += [f"    {line}" for line in settings if not line.startswith(("#", "version:", "name:"))]
     return "\n".join(lines) + "\n"
+
+
+def _remark(text: str) -> str:
+    """A text as a comment can hold it: on one line, and without characters that YAML refuses even there."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
 def _flow(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def require_readable(pipeline: Pipeline) -> None:
+    """Raise where the pipeline's own copy of its file would not say the same when a resume reads it."""
+    remedy = "Use fewer stages or fewer files (a folder's files joined into one), and plain characters in names and paths."
+    try:
+        again = build_pipeline(parse_yaml(dump_pipeline(pipeline), where="pipeline.yaml"), where="pipeline.yaml", complete=True)
+    except ConfigError as error:
+        raise ConfigError(
+            "CONFIG_INVALID_VALUE",
+            f"The pipeline cannot be kept: its complete file could not be read again. {error.message}",
+            where=error.where,
+            remedy=remedy,
+        ) from error
+    for before, after in zip(pipeline.stages, again.stages, strict=True):
+        same_start = (before.start.kind, before.start.parent) == (after.start.kind, after.start.parent)
+        if not same_start or before.config != after.config or before.gates != after.gates or pipeline.measure != again.measure:
+            raise ConfigError(
+                "CONFIG_INVALID_VALUE",
+                f"The pipeline cannot be kept: its complete file would read back as something else for the stage {before.name}.",
+                where=f"stage {before.name}",
+                remedy=remedy,
+            )
 
 
 def read_pipeline(directory: Path) -> Pipeline:

@@ -310,18 +310,22 @@ def test_a_finished_pipeline_is_not_resumed(line: Line) -> None:
     assert caught.value.code == "RESUME_FINISHED"
 
 
-@pytest.mark.parametrize("harm", ["changed", "gone"])
+@pytest.mark.parametrize("harm", ["changed", "gone", "no hash"])
 def test_a_changed_result_of_an_earlier_stage_is_refused(line: Line, harm: str) -> None:
     resumed = line.killed(in_run(line, "special", at("log", step=3)))
     adapter = result(resumed, "general") / "adapter"
     if harm == "gone":
         shutil.rmtree(adapter)
+    elif harm == "no hash":
+        lineage = read_lineage(result(resumed, "general"))
+        (adapter.parent / "lineage.json").write_text(json.dumps({**lineage, "result": ["x"]}))
     else:
         file = adapter / "adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(ResumeError) as caught:
-        line.resume(resumed)
+        line.resume(resumed, accept_changes=True)
     assert caught.value.code == "RESUME_CHANGED" and "general" in caught.value.message and harm in caught.value.message
+    assert "`--accept-changes` holds for settings, data and code, not" in str(caught.value.remedy)
 
 
 # --- gates ------------------------------------------------------------------------------------------------

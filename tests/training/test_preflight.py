@@ -117,6 +117,14 @@ def long_rows(bench: Bench) -> None:
     write_rows(bench.data, [{key: text * 10 for key, text in row.items()} for row in sums(300)])
 
 
+def test_what_the_data_room_counts_is_said_once(bench: Bench) -> None:
+    write_rows(bench.data, [{"instruction": f"Count from {n}.", "output": f"{n}, and so on. " * (1 + n % 40)} for n in range(40)])
+    run_dir = bench.train(data__max_length=64, data__eval_fraction=0.0, training__max_steps=1).run_dir
+    assert "ANSWERS_TRUNCATED" in {finding["code"] for finding in plan_of(run_dir)["findings"]}
+    codes = [event["code"] for event in bench.events if event["event"] in ("finding", "warning")]
+    assert "ANSWERS_TRUNCATED" not in codes and codes.count("ANSWERS_CUT") == 1
+
+
 # --- refusals -----------------------------------------------------------------------------------------
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetuneflow.config import build_config
 from finetuneflow.data.batches import RepeatedSampler
 from finetuneflow.errors import FineTuneFlowError
 from finetuneflow.events import metric_lines
+from finetuneflow.training.start import with_folders
+from finetuneflow.workspace import Workspace
 from training.test_preference import figures
 from training.workbench import Bench, at, sums, weights, write_rows
 
@@ -94,3 +98,15 @@ def test_the_sampler_repeats_groups_and_knows_its_epoch() -> None:
     assert second != first
     sampler.set_epoch(0)
     assert list(sampler) == first
+
+
+def test_a_reward_model_is_named_by_its_run_or_by_its_folder(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    folder = workspace.runs_dir / "judge-20260101-001"
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text("")
+    for name in ("judge", folder.name, str(folder)):
+        config, _ = build_config(
+            {"training": {"objective": "ppo"}, "reinforcement": {"reward": f"model:{name}"}}, None, where="test"
+        )
+        assert with_folders(config, workspace).reinforcement.reward == [f"model:{folder}"]

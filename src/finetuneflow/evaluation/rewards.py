@@ -1,6 +1,7 @@
 """Rewards: what an answer is worth, as a number. PPO and the library's GRPO and RLOO all score with these.
 
     load_rewards(settings)  ->  [Reward]        Reward.score(prompts, completions, answers, ids)  ->  one number per answer
+    require_rewards(settings)                   the same mistakes, found before any model is loaded
 
 Three kinds, by how they are written in `reinforcement.reward`:
 
@@ -16,11 +17,14 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,13 +87,14 @@ class Reward:
 
     def _checked(self, values: Any, rows: Sequence[str]) -> list[float]:
         try:
-            found = list(values)
+            found = list(islice(values, len(rows) + 1))  # a generator may be endless
         except TypeError:
             found = [values]
-        except Exception as error:  # a generator runs only now
+        except (Exception, SystemExit) as error:  # a generator runs only now
             raise reward_failed(self.name, f"failed: {type(error).__name__}: {str(error)[:200]}", None) from error
         if len(found) != len(rows):
-            raise reward_failed(self.name, f"returned {len(found)} values for {len(rows)} answers", None)
+            count = f"more than {len(rows)}" if len(found) > len(rows) else len(found)
+            raise reward_failed(self.name, f"returned {count} values for {len(rows)} answers", None)
         for value, row in zip(found, rows, strict=True):
             if not _is_number(value):
                 raise reward_failed(self.name, f"returned {_shown(value)}, which is no finite number", row)
@@ -243,7 +248,7 @@ def _own_function(text: str, folder: str | None) -> Scorer:
     file, _, name = text.rpartition(":")
     if folder is None:
         raise _invalid(text, "is a function of your own, and reinforcement.reward_folder is not set: no code is run unasked")
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     try:
         path = safe_join(root, file).resolve()
     except StorageError as error:
@@ -263,11 +268,18 @@ def _function_of(path: Path, name: str, text: str) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a file that says exit must not end the run as if all were well
         raise _invalid(text, f"failed while {path.name} was read: {type(error).__name__}: {error}", where=str(path)) from error
-    own = {key: value for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module_name}
+    own: dict[str, Callable[..., Any]] = {key: value for key, value in vars(module).items() if _belongs_to(value, module_name)}
     if name not in own:
         there = ", ".join(sorted(own)) or "none"
         raise _invalid(text, f"names a function that {path.name} does not define (it defines: {there})", where=str(path))
     return own[name]
+
+
+def _belongs_to(value: Any, module_name: str) -> bool:
+    """Whether it can be called and was made in that module: a function, decorated or not, an object with `__call__`, a `partial`."""
+    if inspect.isclass(value) or not callable(value):
+        return False
+    return isinstance(value, partial) or getattr(value, "__module__", None) == module_name
 
 
 # A parameter's name says what it gets; the plural asks for all answers at once.
@@ -277,13 +289,19 @@ BATCH = ("completions", "answers", "prompts")
 
 def _calling(text: str, function: Callable[..., Any]) -> Scorer:
     """Calls `f(completion, answer=None, prompt=None)` per answer, or `f(completions, answers=None, prompts=None)` once."""
-    accepted = list(inspect.signature(function).parameters)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise _invalid(text, "does not tell what it takes") from error
+    filled = function.keywords if isinstance(function, partial) else {}
+    bare = [one.replace(annotation=one.empty, default=one.empty) for one in parameters if one.name not in filled]
+    accepted = [one.name for one in bare if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     wanted = next((names for names in (SINGLE, BATCH) if names[0] in accepted and set(accepted) <= set(names)), None)
-    if wanted is None:
+    if wanted is None or len(accepted) < len(bare):
         raise _invalid(
             text,
-            f"takes ({', '.join(accepted)}); a reward function takes `completion`, and `answer` and `prompt` where it wants them "
-            "(or all three in the plural, for lists)",
+            f"takes {inspect.Signature(bare)}; a reward function takes `completion`, and `answer` and `prompt` where it wants them, "
+            "by these names (or all three in the plural, for lists)",
         )
 
     def call(row: str | None, values: tuple[Any, ...]) -> Any:
@@ -311,7 +329,7 @@ def load_rewards(
     ending: EndFinder | None = None,
     open_model: Callable[[Path], Scorer] | None = None,
 ) -> list[Reward]:
-    """The rewards that a run file names, ready to score; every mistake in them shows here, before anything is trained.
+    """The rewards that a run file names, ready to score; every mistake in them shows here.
 
     `ending` is needed by the reward `ends`. `open_model` opens the folder of a reward model; without one it is loaded as a
     model of its own on the CPU.
@@ -335,12 +353,36 @@ def _scorer(text: str, folder: str | None, ending: EndFinder | None, open_model:
     if kind == "model" and rest:
         from finetuneflow.evaluation.reward_model import load_reward_model
 
-        return (open_model or load_reward_model)(Path(rest).expanduser())
+        return (open_model or load_reward_model)(Path(os.path.expanduser(rest)))
     if kind in BUILT_IN:
         return _built_in(text, ending)
     if re.fullmatch(r".+\.py:\w+", text):
         return _own_function(text, folder)
     raise _invalid(text, "does not exist", known=True)
+
+
+def require_rewards(settings: Reinforcement) -> None:
+    """Raise for every mistake that `load_rewards` would find, reward models' weights apart: before a model is loaded.
+
+    A file of functions is run for that, and once more for training, each time as a module of its own: nothing else can tell
+    whether it works, and what it keeps at module level begins anew. Of a reward model, only names and headers are read.
+    """
+    load_rewards(settings, open_model=_look_at_model)
+
+
+def _look_at_model(folder: Path) -> Scorer:
+    """Stands in for opening a reward model where only its being there counts; it scores nothing."""
+    from finetuneflow.evaluation.reward_model import reward_run, screened
+    from finetuneflow.models.adapters import check_adapter_dir
+
+    is_run = (folder / "run.yaml").is_file()
+    if is_run:
+        reward_run(folder)
+    if is_run and not (folder / "model").is_dir():
+        check_adapter_dir(folder / "adapter")
+    else:
+        screened(folder / "model" if is_run else folder)
+    return lambda drawn: ()
 
 
 def _invalid(text: str, what: str, *, where: str | None = None, known: bool = False) -> ConfigError:

@@ -290,17 +290,21 @@ def trainer_arguments(training: Training, setup: Setup, run_dir: Path) -> dict[s
     }
 
 
-def _supervised_trainer(arguments: dict[str, Any], materials: Materials, model: Any, ours: dict[str, Any]) -> Any:
+def plain_arguments(arguments: dict[str, Any]) -> Any:
+    """`trainer_arguments` as transformers' own class, which calls checkpointing by its new name where TRL keeps the old one."""
     from transformers import TrainingArguments
 
+    checkpointing, options = (arguments.pop(f"gradient_checkpointing{end}") for end in ("", "_kwargs"))
+    return TrainingArguments(**arguments, activation_checkpointing=checkpointing, activation_checkpointing_kwargs=options)
+
+
+def _supervised_trainer(arguments: dict[str, Any], materials: Materials, model: Any, ours: dict[str, Any]) -> Any:
     from finetuneflow.data.batches import Collator
     from finetuneflow.training.trainer import SupervisedTrainer
 
-    checkpointing = arguments.pop("gradient_checkpointing")  # under its new name, where TRL still asks for the old one
-    options = arguments.pop("gradient_checkpointing_kwargs")
     return SupervisedTrainer(
         model=model,
-        args=TrainingArguments(**arguments, activation_checkpointing=checkpointing, activation_checkpointing_kwargs=options),
+        args=plain_arguments(arguments),
         train_dataset=materials.prepared.train,
         eval_dataset=materials.prepared.eval,
         data_collator=Collator(materials.tokenizer.pad_token_id or 0),  # any id will do where there is none: padding is masked
@@ -585,9 +589,12 @@ def ask(
     return found
 
 
-def require_suite(config: RunConfig) -> None:
-    """Read the acceptance suite that is to be run after training: a mistake in it must show before."""
+def require_named(config: RunConfig) -> None:
+    """Look at the acceptance suite and the rewards that are named: a mistake in them must show before a model is loaded."""
+    from finetuneflow.evaluation.rewards import require_rewards
     from finetuneflow.evaluation.suite import load_suite
 
     if config.evaluation.suite:
         load_suite(config.evaluation.suite)
+    if traits_of(config).draws and config.reinforcement.reward:
+        require_rewards(config.reinforcement)

@@ -22,15 +22,21 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetuneflow.config import RunConfig, load_config
 from finetuneflow.errors import FineTuneFlowError, ResumeError, StorageError, TrainingError
 from finetuneflow.events import Emit, Event, EventLog, Sink
-from finetuneflow.knowledge.objectives import traits_of
-from finetuneflow.pipeline_config import BASE, Pipeline, dump_pipeline, read_pipeline, require_runnable_pipeline
+from finetuneflow.pipeline_config import (
+    BASE,
+    Pipeline,
+    dump_pipeline,
+    read_pipeline,
+    require_readable,
+    require_runnable_pipeline,
+)
 from finetuneflow.pipeline_stages import STAGE_PREFIX, Stage
 from finetuneflow.training import checkpoints
 from finetuneflow.training.lineage import Membership, folder_digest, read_lineage, result_folder
@@ -38,11 +44,13 @@ from finetuneflow.training.pipeline_measure import accepted_gates, gate_figures,
 from finetuneflow.training.run import as_failure
 from finetuneflow.training.run import resume as resume_run
 from finetuneflow.training.run import train as train_run
+from finetuneflow.training.start import with_folders
 from finetuneflow.training.status import (
     STOP_FILE,
     forget_stop,
     pipeline_status,
     pipeline_summary,
+    recorded_result,
     request_stop,
     run_status,
     runs_of_pipelines,
@@ -74,7 +82,7 @@ def train_pipeline(
     Raises `PIPELINE_GATE` where a stage does not pass its gate, and whatever a stage raises.
     """
     workspace = workspace or Workspace()
-    pipeline = checked(pipeline)
+    pipeline = checked(pipeline, workspace)
     # Whose folder was deleted may have left runs: its name stays taken, or they would pass for stages of this one.
     directory = workspace.new_pipeline_dir(pipeline.name, taken=runs_of_pipelines(workspace))
     pipeline = with_kept_measures(pipeline, directory)
@@ -103,34 +111,38 @@ def resume_pipeline(
     return _attempt(directory, pipeline, workspace, sinks, resuming=True, accept_changes=accept_changes, accept_gate=accept_gate)
 
 
-def checked(pipeline: Pipeline) -> Pipeline:
-    """The pipeline with absolute paths, once everything that is known to be needed later is known to be there."""
+def checked(pipeline: Pipeline, workspace: Workspace) -> Pipeline:
+    """The pipeline with absolute paths, once everything that is known to be needed later is known to be there.
+
+    `workspace`: where the runs are whose adapters and reward models are named.
+    """
     from finetuneflow.data.prepare import require_files
-    from finetuneflow.training.objectives import require_suite
+    from finetuneflow.training.objectives import require_named
 
     require_runnable_pipeline(pipeline)
     pipeline = pipeline.with_absolute_paths()
+    stages = []
     for stage in pipeline.stages:
-        data = stage.config.data
+        config, data = stage.config, stage.config.data
         try:
             require_files((*data.train, *data.eval, *data.replay))
-            require_suite(stage.config)
-            _require_rewards(stage.config)
+            config = with_folders(config, workspace)
+            require_named(_without_stages(config))
         except FineTuneFlowError as error:
             error.where = f"stage {stage.name}" + (f": {error.where}" if error.where else "")
             raise
+        stages.append(replace(stage, config=config))
+    pipeline = replace(pipeline, stages=tuple(stages))
     read_measures(pipeline)
+    require_readable(pipeline)
     return pipeline
 
 
-def _require_rewards(config: RunConfig) -> None:
-    """Rewards that are functions must exist; reward models are looked at when they are loaded."""
-    from finetuneflow.evaluation.rewards import load_rewards
-
+def _without_stages(config: RunConfig) -> RunConfig:
+    """The same without the rewards that are yet to be trained."""
     settings = config.reinforcement
-    functions = [text for text in settings.reward if not text.startswith((STAGE_PREFIX, "model:"))]
-    if traits_of(config).draws and functions:
-        load_rewards(settings.model_copy(update={"reward": functions, "reward_weights": []}))
+    there = [text for text in settings.reward if not text.startswith(STAGE_PREFIX)]
+    return config.model_copy(update={"reinforcement": settings.model_copy(update={"reward": there, "reward_weights": []})})
 
 
 def _attempt(
@@ -272,8 +284,8 @@ class _Worker:
     def _with_same_threads(self, config: RunConfig, stage: Stage, runs: Mapping[str, Path]) -> RunConfig:
         """The threads that the first stage measured as fastest, for all: another number adds up in another order, and a stage
         that is begun again after a kill must end as it would have."""
-        environments = (read_json_object(run_dir / "environment.json") for run_dir in runs.values())
-        threads = next((found["setup"]["threads"] for found in environments if found), None)
+        setups = (read_json_object(run_dir / "environment.json").get("setup") for run_dir in runs.values())
+        threads = next((setup["threads"] for setup in setups if isinstance(setup, dict) and "threads" in setup), None)
         if config.training.threads is not None or threads is None:
             return config
         reason = "As the first stage measured: a change would change the order in which numbers are added."
@@ -374,19 +386,21 @@ def _starting_from(config: RunConfig, kind: str, run_dir: Path) -> RunConfig:
 
 def _require_unchanged(run_dir: Path, stage: str) -> None:
     """The result of a finished stage must be what was saved."""
-    recorded = (read_lineage(run_dir).get("result") or {}).get("sha256")
-    folder = result_folder(run_dir)
+    recorded, folder = recorded_result(run_dir), result_folder(run_dir)
     problem = None
     if folder is None:
         problem = "is gone"
-    elif recorded is not None and folder_digest(folder) != recorded:
+    elif recorded is None:
+        problem = "has no hash in lineage.json any more"
+    elif folder_digest(folder) != recorded:
         problem = "has changed since it was saved"
     if problem:
         raise ResumeError(
             "RESUME_CHANGED",
             f"The result of the finished stage {stage} {problem}: what comes after it would rest on something else.",
             where=str(folder or run_dir),
-            remedy="Put the files back from a copy, or start a new pipeline.",
+            remedy="Put the files back from a copy and resume, or start a new pipeline: `--accept-changes` holds for settings, data and "
+            "code, not for the result of a finished stage.",
             context={"stage": stage, "run": run_dir.name},
         )
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from finetuneflow.config import BUNDLED_SUITES
 from finetuneflow.errors import EvaluationError
-from finetuneflow.events import metric_lines, read_events
+from finetuneflow.events import metric_lines
 from finetuneflow.pipeline_config import BASE, BUNDLED, Pipeline, suite_label
 from finetuneflow.pipeline_gates import EVAL_FIGURES, Gate
 from finetuneflow.pipeline_stages import Stage
+from finetuneflow.training.status import sound_events
 from finetuneflow.workspace import read_json_object
 
 
@@ -43,7 +44,7 @@ def _general_text(text: str) -> Path:
         if path.read_text(encoding="utf-8").strip():
             return path
         problem = "is empty"
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         problem = f"cannot be read: {error}"
     raise EvaluationError(
         "EVALUATION_NO_DATA",
@@ -156,6 +157,6 @@ def accepted_gates(directory: Path, stage: str) -> set[str]:
     """Gates of a stage that somebody accepted in an earlier attempt."""
     return {
         event["gate"]
-        for event in read_events(directory / "events.jsonl")
+        for event in sound_events(directory)
         if event["event"] == "gate" and event["stage"] == stage and event["accepted"]
     }

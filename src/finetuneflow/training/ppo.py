@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
 from finetuneflow.config import RunConfig, Training
 from finetuneflow.data.batches import EpochSampler
@@ -38,6 +38,7 @@ from finetuneflow.evaluation.rewards import Reward, load_rewards
 from finetuneflow.inference import Decoding, Generator
 from finetuneflow.training.callbacks import Monitor
 from finetuneflow.training.checkpoints import prune, write_checkpoint
+from finetuneflow.training.objectives import plain_arguments, trainer_arguments
 from finetuneflow.training.ppo_actors import Actors, Answers
 from finetuneflow.training.ppo_draw import DrawnAnswer, draw
 from finetuneflow.training.ppo_math import (
@@ -93,6 +94,9 @@ def ppo_trainer(
     if rewards is None:
         open_model = partial(_open_reward_model, config=config, training=training, actors=actors)
         rewards = load_rewards(config.reinforcement, ending=generator.ending, open_model=open_model)
+        for reward in rewards:
+            if isinstance(reward.scorer, RewardModel) and reward.scorer.head is not None:
+                actors.start_value_as(SHARED, reward.scorer.head, reward.weight)
     return PpoTrainer(config, training, setup, actors, generator, prepared, monitor, run_dir, rewards)
 
 
@@ -162,7 +166,7 @@ class PpoTrainer:
         self.pad = generator.tokenizer.pad_token_id or 0
         self.state = TrainerState(max_steps=self._total_steps())
         self.control = TrainerControl()
-        self.args = _arguments(training, setup, run_dir)
+        self.args = plain_arguments(trainer_arguments(training, setup, run_dir))
         self.optimizer, self.scheduler = self._optimizer()
         # fp16 needs its losses scaled; with the other types this does nothing.
         self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=setup.compute_dtype == "float16")
@@ -498,27 +502,6 @@ def _epochs_from(size: int, seed: int, epoch: int) -> Iterator[int]:
         sampler.set_epoch(epoch)
         yield from sampler
         epoch += 1
-
-
-def _arguments(training: Training, setup: Setup, run_dir: Path) -> TrainingArguments:
-    """What the library's optimizer factory and its callbacks ask for."""
-    from finetuneflow.training.objectives import OPTIMIZERS
-
-    return TrainingArguments(
-        output_dir=str(run_dir / "checkpoints"),
-        run_name=run_dir.name,
-        learning_rate=setup.learning_rate,
-        weight_decay=training.weight_decay,
-        optim=OPTIMIZERS.get(setup.optimizer, setup.optimizer),
-        use_cpu=setup.device == "cpu",
-        seed=training.seed,
-        report_to=list(training.report_to) or "none",
-        # The monitor decides when to log, evaluate and save.
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
 
 
 # --- random state: for reward functions that draw -----------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     policy       the adapter that is trained ("default"); one that was stacked or merged below it is part of the base
     reference    a frozen copy of the policy's adapter ("ref") where that was trained before; else the base alone
-    value        an adapter of its own ("value"), and a linear head on the last hidden states
+    value        an adapter of its own ("value"), and a linear head on the last hidden states; both start as those of a reward
+                 model on the same base
 
 With full fine-tuning there are no adapters to switch: the reference is a frozen copy of the model as it was at the start,
 and the value is a linear head on the policy's own hidden states. Those are detached: a value estimate that pulled at the
@@ -182,6 +183,15 @@ class Actors:
         with self._switched(VALUE):
             yield
 
+    def start_value_as(self, adapter: str, head: nn.Linear, weight: float) -> bool:
+        """Let the value estimate begin as `weight` times what a reward model on this base says, as Ouyang et al. (2022, appendix
+        C.4) do: estimates that know the reward make for advantages with less noise. False where its adapter is of another shape."""
+        if not _copy_adapter(self.model, adapter, VALUE):
+            return False
+        with torch.no_grad():
+            self.head.weight.copy_(head.weight).mul_(weight)
+        return True
+
     @contextlib.contextmanager
     def wearing(self, adapter: str) -> Iterator[None]:
         """Inside, the base answers with that adapter, one that was put beside the policy's."""
@@ -293,12 +303,26 @@ def _add_frozen_copy(model: Any) -> None:
     """The policy's adapter once more, as it is now."""
     with torch.random.fork_rng():
         model.add_adapter(REFERENCE, _config_like_the_policys(model))
-    parameters = dict(model.named_parameters())
+    _copy_adapter(model, TRAINED, REFERENCE)
+
+
+def _copy_adapter(model: Any, source: str, target: str) -> bool:
+    """Give one adapter the weights of another; False, and nothing is changed, where the two are not of one shape."""
+    weights = {name: _tensors_of(model, name) for name in (source, target)}
+    if {name: tensor.shape for name, tensor in weights[source].items()} != {
+        name: tensor.shape for name, tensor in weights[target].items()
+    }:
+        return False
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parts = name.split(".")
-            if REFERENCE in parts:
-                parameter.copy_(parameters[".".join(TRAINED if part == REFERENCE else part for part in parts)])
+        for name, tensor in weights[target].items():
+            tensor.copy_(weights[source][name])
+    return True
+
+
+def _tensors_of(model: Any, adapter: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters by their names without its own."""
+    found = ((name.split("."), parameter) for name, parameter in model.named_parameters())
+    return {".".join(part for part in parts if part != adapter): parameter for parts, parameter in found if adapter in parts}
 
 
 def _config_like_the_policys(model: Any, **changes: Any) -> Any:

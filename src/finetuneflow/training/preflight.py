@@ -22,6 +22,8 @@ from finetuneflow.workspace import Workspace, write_json
 
 # An estimate is within 15 % in nine of ten cases: a run is refused only where it would not fit even if 15 % too high.
 REFUSAL_MARGIN = 1.15
+# The data room counts these exactly and warns of them itself a moment later: once is enough. plan.json keeps the estimates.
+COUNTED_LATER = frozenset({"ANSWERS_TRUNCATED", "EVAL_OVERLAPS_TRAINING", "KTO_LABELS_UNBALANCED", "PAIR_LENGTH_BIAS"})
 
 
 def preflight(
@@ -45,7 +47,8 @@ def preflight(
         **{key: plan[key] for key in ("device", "memory_bytes", "capacity_bytes", "verdict", "seconds", "steps", "price_usd")},
     )
     for finding in plan["findings"]:
-        emit("finding", **finding)
+        if finding["code"] not in COUNTED_LATER:
+            emit("finding", **finding)
     if config.training.memory_check == "refuse" and (refusal := why_not(seen)) is not None:
         raise refusal
 

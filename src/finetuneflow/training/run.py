@@ -162,7 +162,7 @@ def execute(
         if decision.warning:
             emit("warning", code=decision.warning, message=decision.reason, advice=decision.advice)
     apply_setup(setup, seed=config.training.seed)
-    objectives.require_suite(config)
+    objectives.require_named(config)
     if not resuming:  # a resumed run keeps its plan: what it was started with is what it is measured against
         preflight(config, origins, setup, run_dir, workspace, emit)
 
@@ -170,6 +170,9 @@ def execute(
     emit("phase", name="tokenizing")
     materials = objectives.load_materials(config, workspace, emit)
     prepared = materials.prepared
+    if replay := prepared.manifest.get("replay"):
+        reason = f"{replay['examples']:,} of {prepared.manifest['train_examples']:,} training examples ({replay['share']:.1%}) are replayed."
+        emit("decision", setting="data.replay_share", value=config.data.replay_share, reason=reason)
 
     # A resume goes on only where nothing that shapes the result has changed; until then it writes nothing.
     current = fingerprint(

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from finetuneflow.config import load_config
 from finetuneflow.errors import FineTuneFlowError, StorageError
-from finetuneflow.events import read_events
+from finetuneflow.events import Event, read_events
 from finetuneflow.pipeline_config import read_pipeline
 from finetuneflow.pipeline_stages import Stage
 from finetuneflow.workspace import Workspace, lock_owner, read_json_object, write_json
 
 STOP_FILE = "stop.json"
 ENDINGS = {"complete": "succeeded", "stopped": "stopped", "failed": "failed"}
+# What whoever goes on with a run or tells of it relies on in an event, beside its name, number and time.
+RELIED_ON: dict[str, dict[str, Any]] = {
+    "failed": {"code": str},
+    "log": {"step": int, "loss": int | float},
+    "eval": {"step": int, "eval_loss": int | float},
+    "pipeline": {"status": str},
+    "gate": {"stage": str, "gate": str, "passed": bool, "found": str, "accepted": bool},
+}
+
+
+def sound_events(directory: Path) -> Iterator[Event]:
+    """The events of a run or a pipeline. Raises `RUN_DAMAGED` at one that lacks what is relied on: somebody else wrote it."""
+    path, last = directory / "events.jsonl", 0
+    try:
+        for event in read_events(path):
+            wanted = {"seq": int, "event": str, "time": str, **RELIED_ON.get(str(event.get("event")), {})}
+            wrong = [name for name, kind in wanted.items() if not isinstance(event.get(name), kind)]
+            if wrong or datetime.fromisoformat(event["time"]).tzinfo is None:
+                raise ValueError(f"{', '.join(wrong) or 'time'} is missing or of another kind")
+            last = event["seq"]
+            yield event
+    except (RecursionError, TypeError, ValueError) as error:
+        raise StorageError(
+            "RUN_DAMAGED",
+            f"The events of {directory.name} hold something that was not written by FineTuneFlow ({error}).",
+            where=f"{path}, after event {last}",
+            remedy="Remove that line, or put the file back from a copy; nothing else of it is touched.",
+        ) from error
 
 
 def request_stop(run_dir: Path, *, save: bool = True) -> None:
@@ -32,10 +62,10 @@ def run_status(run_dir: Path) -> str:
     if lock_owner(run_dir) is not None:
         return "running"
     last = before = ""
-    for event in read_events(run_dir / "events.jsonl"):
+    for event in sound_events(run_dir):
         if event["event"] == "started":
             last, before = "started", last
-        elif event["event"] == "failed" and str(event["code"]).startswith("RESUME_"):
+        elif event["event"] == "failed" and event["code"].startswith("RESUME_"):
             last = before  # a resume that was refused changed nothing
         elif event["event"] in ENDINGS:
             last = event["event"]
@@ -43,32 +73,30 @@ def run_status(run_dir: Path) -> str:
 
 
 def run_summary(run_dir: Path) -> dict[str, Any]:
-    """One line of `ftf runs`. A run whose file is damaged is listed as such, never hidden."""
+    """One line of `ftf runs`. A run whose files are damaged is listed as such, never hidden."""
     lineage = read_json_object(run_dir / "lineage.json")
     summary: dict[str, Any] = {
         "run": run_dir.name,
         "path": str(run_dir),
-        "status": run_status(run_dir),
+        "status": "damaged",
         "method": None,
         "base": None,
         "pipeline": lineage.get("pipeline"),
         "stage": lineage.get("stage"),
     }
-    try:
+    figures = dict.fromkeys(("step", "total_steps", "loss", "eval_loss", "started", "seconds"))
+    with contextlib.suppress(FineTuneFlowError):
+        figures |= _figures(run_dir)
         config, _ = load_config(run_dir / "run.yaml")
-        summary |= {"method": config.method.kind, "base": config.model.base}
-    except FineTuneFlowError:
-        summary["status"] = "damaged"
-    figures: dict[str, Any] = {
-        "step": None,
-        "total_steps": None,
-        "loss": None,
-        "eval_loss": None,
-        "started": None,
-        "seconds": None,
-    }
+        summary |= {"method": config.method.kind, "base": config.model.base, "status": run_status(run_dir)}
+    return summary | figures
+
+
+def _figures(run_dir: Path) -> dict[str, Any]:
+    """The newest figures that a run has told, when it began, and for how long it has been at it."""
+    figures: dict[str, Any] = {}
     first = last = None
-    for event in read_events(run_dir / "events.jsonl"):
+    for event in sound_events(run_dir):
         first, last = first or event["time"], event["time"]
         for name in ("step", "total_steps", "loss", "eval_loss"):
             if name in event and event["event"] in ("log", "eval"):
@@ -76,7 +104,14 @@ def run_summary(run_dir: Path) -> dict[str, Any]:
     if first and last:
         figures["started"] = first
         figures["seconds"] = (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
-    return summary | figures
+    return figures
+
+
+def recorded_result(run_dir: Path) -> str | None:
+    """The hash with which the result of a run was saved; None where its lineage tells none."""
+    result = read_json_object(run_dir / "lineage.json").get("result")
+    found = result.get("sha256") if isinstance(result, dict) else None
+    return found if isinstance(found, str) else None
 
 
 # --- pipelines ----------------------------------------------------------------------------------------
@@ -87,9 +122,9 @@ def pipeline_status(directory: Path) -> str:
     if lock_owner(directory) is not None:
         return "running"
     last = "interrupted"
-    for event in read_events(directory / "events.jsonl"):
+    for event in sound_events(directory):
         if event["event"] == "pipeline":
-            last = "interrupted" if event["status"] == "started" else str(event["status"])
+            last = "interrupted" if event["status"] == "started" else event["status"]
     return last
 
 
@@ -115,7 +150,7 @@ def pipeline_summary(directory: Path, status: str | None = None, runs: dict[str,
     """
     pipeline = read_pipeline(directory)
     runs = stage_runs(directory) if runs is None else runs
-    gates, last, began, seconds = _told(directory / "events.jsonl")
+    gates, last, began, seconds = _told(directory)
     stages = [_stage_summary(stage, runs.get(stage.name), gates.get(stage.name, {})) for stage in pipeline.stages]
     return {
         "pipeline": directory.name,
@@ -128,13 +163,13 @@ def pipeline_summary(directory: Path, status: str | None = None, runs: dict[str,
     }
 
 
-def _told(events: Path) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, Any], str | None, float]:
+def _told(directory: Path) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, Any], str | None, float]:
     """(the newest outcome of each gate by stage, the last word of the pipeline, when it began, seconds of all attempts)."""
     gates: dict[str, dict[str, dict[str, Any]]] = {}
     last: dict[str, Any] = {}
     began = before = None
     seconds = 0.0
-    for event in read_events(events):
+    for event in sound_events(directory):
         now = datetime.fromisoformat(event["time"])
         if before is not None and not (event["event"] == "pipeline" and event["status"] == "started"):
             seconds += (now - before).total_seconds()  # what lies between two attempts is no time of the pipeline's
@@ -159,13 +194,12 @@ def _stage_summary(stage: Stage, run_dir: Path | None, gates: dict[str, dict[str
     }
     if run_dir is None:
         return summary
-    metrics, lineage = read_json_object(run_dir / "metrics.json"), read_json_object(run_dir / "lineage.json")
+    metrics = read_json_object(run_dir / "metrics.json")
     status = run_status(run_dir)
     if status == "succeeded" and any(not (gate["passed"] or gate["accepted"]) for gate in gates.values()):
         status = "gated"
     figures = {name: metrics.get(name) for name in ("steps", "train_runtime", "peak_memory_bytes", "eval_loss")}
-    result = (lineage.get("result") or {}).get("sha256")
-    return summary | {"run": run_dir.name, "status": status, **figures, "result_sha256": result}
+    return summary | {"run": run_dir.name, "status": status, **figures, "result_sha256": recorded_result(run_dir)}
 
 
 def pipeline_dir(workspace: Workspace, text: str | Path) -> Path | None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from finetuneflow.knowledge.run_warnings import WARNINGS
+
 Concern = tuple[str, str, str]
 History = Sequence[Mapping[str, float]]
 
@@ -72,6 +74,10 @@ def concerns(objective: str, history: History) -> list[Concern]:
     return [found for look in looks if (found := look(history)) is not None]
 
 
+def _concern(code: str, message: str) -> Concern:
+    return code, message, WARNINGS[code].advice
+
+
 # --- preferences ------------------------------------------------------------------------------------
 
 FALL = 0.1  # of the first log-probability: less is noise
@@ -83,12 +89,10 @@ def _both_falling(history: History) -> Concern | None:
     if chosen is None or rejected is None:
         return None
     if chosen[1] - chosen[0] < -FALL * abs(chosen[0]) and rejected[1] - rejected[0] < -FALL * abs(rejected[0]):
-        return (
+        return _concern(
             "BOTH_LOGPS_FALLING",
             f"Chosen and rejected answers both become less likely (log-probability {chosen[0]:.1f} to {chosen[1]:.1f} and "
             f"{rejected[0]:.1f} to {rejected[1]:.1f}): probability flows to answers nobody preferred.",
-            "Lower training.learning_rate, raise preference.beta, use fewer steps, or an objective that also learns the chosen answer "
-            "(orpo, cpo).",
         )
     return None
 
@@ -101,11 +105,10 @@ def _weak_reward_model(history: History) -> Concern | None:
     recent = [line["accuracy"] for line in history[-ENOUGH:] if "accuracy" in line]
     if len(history) < 2 * ENOUGH or len(recent) < ENOUGH or _mean(recent) >= USEFUL_ACCURACY:
         return None
-    return (
+    return _concern(
         "REWARD_MODEL_WEAK",
         f"The reward model tells {100 * _mean(recent):.0f} % of recent training pairs apart; below {100 * USEFUL_ACCURACY:.0f} % it is no guide "
         "for reinforcement learning.",
-        "Check that chosen and rejected really differ (`ftf data preview --form pair`), train longer, raise training.learning_rate, or use dpo.",
     )
 
 
@@ -121,10 +124,9 @@ def _kl_runaway(history: History) -> Concern | None:
     recent, early = _mean(values[-3:]), _mean(values[: max(1, len(values) // 4)])
     if recent <= RUNAWAY_KL or recent < 2 * early:
         return None
-    return (
+    return _concern(
         "KL_RUNAWAY",
         f"The policy has moved {recent:.1f} nats per answer away from the reference: rewards beyond this point are often hacked.",
-        "Raise reinforcement.kl_coefficient or set reinforcement.kl_target, lower training.learning_rate, or stop at an earlier checkpoint.",
     )
 
 
@@ -136,11 +138,10 @@ def _length_hacking(history: History) -> Concern | None:
         return None
     paid = _mean(correlation[-ENOUGH:])
     if reward[1] > reward[0] and length[1] > 1.3 * length[0] and paid > 0.5:
-        return (
+        return _concern(
             "REWARD_HACKING_LENGTH",
             f"Reward rises with length: answers grew from {length[0]:.0f} to {length[1]:.0f} tokens, and within a batch reward and length "
             f"correlate at {paid:.2f}.",
-            "Add a reward for length (`length:WORDS`), balance the lengths of the preference pairs, or raise reinforcement.kl_coefficient.",
         )
     return None
 
@@ -149,10 +150,9 @@ def _entropy_collapse(history: History) -> Concern | None:
     ends = _ends(history, "entropy")
     if ends is None or ends[0] < 0.05 or ends[1] > 0.1 * ends[0]:
         return None
-    return (
+    return _concern(
         "ENTROPY_COLLAPSE",
         f"The policy hardly varies any more (entropy {ends[0]:.3f} to {ends[1]:.3f} nats): it has little left to compare.",
-        "Raise reinforcement.kl_coefficient or reinforcement.entropy_coefficient, lower training.learning_rate, or stop: it may be done.",
     )
 
 
@@ -160,10 +160,9 @@ def _value_not_learning(history: History) -> Concern | None:
     values = _series(history, "value_explained_variance")
     if len(values) < 3 * ENOUGH or _mean(values[-ENOUGH:]) > 0.0:
         return None
-    return (
+    return _concern(
         "VALUE_NOT_LEARNING",
         "The value head explains none of the variance of the returns: advantages are as noisy as without it.",
-        "Raise reinforcement.value_coefficient, lower training.learning_rate, or use rloo, which needs no value head.",
     )
 
 
@@ -171,10 +170,9 @@ def _nothing_to_compare(history: History) -> Concern | None:
     values = _series(history, "same_reward_share")
     if len(values) < ENOUGH or _mean(values[-ENOUGH:]) < 0.9:
         return None
-    return (
+    return _concern(
         "REWARDS_ALL_EQUAL",
         f"For {100 * _mean(values[-ENOUGH:]):.0f} % of recent prompts all answers got the same reward: nothing is learned from them.",
-        "Use a reward that tells more answers apart, prompts of middling difficulty, more reinforcement.samples_per_prompt, or a higher temperature.",
     )
 
 
