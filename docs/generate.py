@@ -30,10 +30,13 @@ def settings_page() -> str:
 
 
 def errors_page() -> str:
-    """Every error code, from `errors.py`."""
+    """Every error code, from `errors.py`, and the warnings of a run, from `knowledge/run_warnings.py`."""
     from finetuneflow.errors import CODES
+    from finetuneflow.knowledge.run_warnings import WARNINGS
 
     rows = [f"| `{code}` | {text} |" for code, text in sorted(CODES.items())]
+    rows += ["", "## Warnings of a run", "", "They never stop it.", "", "| code | meaning | what to do |", "|---|---|---|"]
+    rows += [f"| `{code}` | {meaning} | {advice} |" for code, (meaning, advice) in sorted(WARNINGS.items())]
     head = "# Error codes\n\nEvery error says what happened, where, and what to do; `ftf explain CODE` prints these lines.\n\n| code | meaning |\n|---|---|\n"
     return NOTE + head + "\n".join(rows) + "\n"
 

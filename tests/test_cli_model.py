@@ -38,6 +38,20 @@ def test_a_new_model_is_written_described_and_asked(ftf: Ftf, tmp_path: Path, to
     assert asked.code == 0
 
 
+def test_models_of_ones_own_are_compared_with_each_other_and_with_known_ones(ftf: Ftf, tmp_path: Path, tokenizer: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        made = ftf("model", "new", EXAMPLE, "--out", tmp_path / name, *SIZES, "--tokenizer", tokenizer, "--seed", seed)
+        assert made.code == 0, made.err
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"question": "What is 3 + 4?", "answer": "It is 7."}\n')
+    asked = ("--data", data, "--max-new-tokens", "3", "--json")
+    for other in (tmp_path / "two", "starter"):
+        answer = ftf("compare", tmp_path / "one", other, "--module", EXAMPLE, *asked)
+        assert answer.code == 0 and answer.json["measures"][0]["items"] == 1, answer.err
+    useless = ftf("compare", "starter", "starter", "--module", EXAMPLE, *asked)
+    assert useless.json["error_code"] == "MODEL_MODULE_MISMATCH"
+
+
 def test_mistakes_are_said_and_leave_nothing(ftf: Ftf, tmp_path: Path, tokenizer: Path) -> None:
     new: tuple[Any, ...] = ("model", "new", EXAMPLE, "--out", tmp_path / "base", "--tokenizer", tokenizer, "--json")
     assert ftf(*new, "--set", "hiden_size=3").json["error_code"] == "CONFIG_UNKNOWN_KEY"

@@ -57,6 +57,17 @@ def test_a_plan_has_the_documented_shape_and_its_choice_fits(ftf: Ftf, place: Pa
     assert not any(option["fits"] for option in plan["options"] if option["name"] == "full" and option["devices"] == 1)
 
 
+def test_pairs_are_planned_as_pairs_and_name_their_objective_where_another_is_set(ftf: Ftf, place: Path) -> None:
+    pairs = [
+        {"prompt": f"Why is {n}?", "chosen": f"Because of {n}.", "rejected": "Ask somebody else, please."} for n in range(40)
+    ]
+    (place / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    refused = ftf("plan", "--model", "starter", "--data", "p.jsonl")
+    assert refused.code == 3 and "what to do" in refused.err and "--set training.objective=dpo" in refused.err
+    shown = ftf("plan", "--model", "starter", "--data", "p.jsonl", "--set", "training.objective=dpo").out
+    assert "36 pairs of" in shown and "tokens (both sides), 4 held out" in shown
+
+
 def test_a_plan_is_written_as_a_run_file_with_a_reason_beside_each_value(ftf: Ftf, place: Path) -> None:
     assert ftf("plan", "--model", "starter", "--data", "d.jsonl", "-o", "run.yaml").code == 0
     config, _ = load_config(place / "run.yaml")
@@ -277,11 +288,12 @@ def test_runs_can_be_compared(ftf: Ftf, tmp_path: Path) -> None:
 # --- explain ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", ["OUT_OF_MEMORY", "LR_FULL_RATE_ON_ADAPTER", "out_of_memory"])
+@pytest.mark.parametrize("code", ["OUT_OF_MEMORY", "LR_FULL_RATE_ON_ADAPTER", "out_of_memory", "KL_RUNAWAY", "LENGTH_BIAS"])
 def test_codes_are_explained(ftf: Ftf, code: str) -> None:
     answer = ftf("explain", code)
     assert answer.code == 0 and len(answer.out) > 100
-    assert ftf("explain", code, "--json").json["code"] == code.upper()
+    told = ftf("explain", code, "--json").json
+    assert told["code"] == code.upper() and told["meaning"]
 
 
 def test_every_rule_has_a_page(ftf: Ftf) -> None:

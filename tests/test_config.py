@@ -28,7 +28,7 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_defaults_are_the_documented_ones() -> None:
     config = RunConfig()
     t, m = config.training, config.method
-    assert (t.epochs, t.learning_rate, t.batch_size, t.gradient_accumulation) == (3, 2e-4, 4, 4)
+    assert (t.epochs, t.learning_rate, t.batch_size, t.gradient_accumulation) == (3, None, 4, 4)
     assert (t.warmup_ratio, t.weight_decay, t.scheduler) == (0.03, 0.01, "cosine")
     assert (t.log_steps, t.eval_steps, t.save_steps, t.keep_checkpoints, t.patience) == (10, 100, 200, 3, 3)
     assert config.data.max_length == 2048
@@ -128,6 +128,6 @@ def test_a_value_that_yaml_cannot_build_is_an_error_of_ours(text: str) -> None:
 
 
 def test_the_reason_of_a_value_stands_in_its_remark_and_cannot_end_the_comment() -> None:
-    text = dump_config(RunConfig(), {"training.learning_rate": "recommended"}, {"training.learning_rate": "as\nname: injected"})
-    assert "learning_rate: 0.0002  # recommended: as name: injected\n" in text
+    text = dump_config(RunConfig(), {"training.weight_decay": "recommended"}, {"training.weight_decay": "as\nname: injected"})
+    assert "weight_decay: 0.01  # recommended: as name: injected\n" in text
     assert build_config(parse_yaml(text, where="x"))[0] == RunConfig()

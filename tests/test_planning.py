@@ -495,7 +495,7 @@ def test_the_number_of_a_large_file_is_estimated_within_a_tenth(
     found, notes = planning.look_at_data(Data(train=[str(path)], eval_fraction=0))
     assert found is not None and found.examples == pytest.approx(6_000, rel=0.1)
     assert found.mean_tokens == pytest.approx(exact.mean_tokens, rel=0.1)
-    assert "500 examples were read, 8 % of the files" in notes[-1] or "9 % of the files" in notes[-1]
+    assert "500 examples read, 8 % of the files" in notes[-1] or "9 % of the files" in notes[-1]
 
 
 def test_the_number_of_a_large_parquet_file_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,6 +544,19 @@ def prepared_sizes(tmp_path: Path, path: Path, **settings: Any) -> tuple[int, in
     recipe = Recipe(train=(str(path),), **{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
     manifest = prepare(recipe, "t", resolve_template(tokenizer, "auto"), tmp_path / "cache", lambda *_, **__: None).manifest  # type: ignore[arg-type]
     return manifest["train_examples"], manifest["eval_examples"]
+
+
+@pytest.mark.parametrize(("general", "share"), [(200, 0.25), (20, 0.5)])
+def test_replayed_examples_count_as_the_run_counts_them(tmp_path: Path, general: int, share: float) -> None:
+    own = jsonl(tmp_path / "a.jsonl", rows(100))
+    replay = jsonl(tmp_path / "g.jsonl", [{"question": f"Who wrote book {n}?", "answer": "word " * 200} for n in range(general)])
+    found, notes = planning.look_at_data(Data(train=[str(own)], replay=[str(replay)], replay_share=share))
+    alone = looked_at(own)
+    made = prepared_sizes(tmp_path, own, replay=[str(replay)], replay_share=share)
+    assert found is not None and (found.examples, found.eval_examples) == made and made[0] == 90 + min(30, general)
+    replayed = (found.examples - alone.examples) / found.examples
+    assert found.mean_tokens == pytest.approx((1 - replayed) * alone.mean_tokens + replayed * 265, rel=0.1)
+    assert any(f"{found.examples - 90:,} are replayed" in note for note in notes)
 
 
 DIVISIONS: list[tuple[str, list[Any], dict[str, Any]]] = [
@@ -662,9 +675,15 @@ def test_kinds_that_no_objective_takes_do_not_count(tmp_path: Path) -> None:
     found, notes = planning.look_at_data(data)
     assert found is not None and (found.examples, found.kinds) == (20, ("chat",)) and found.mean_tokens < 200
     assert any("30 preference examples" in note for note in notes)
-    with pytest.raises(DataError, match="30 preference examples are for other objectives") as raised:
+    with pytest.raises(DataError, match="for other objectives: 30 preference examples") as raised:
         looked_at(jsonl(tmp_path / "b.jsonl", preference))
-    assert raised.value.code == "DATASET_NOTHING_USABLE"
+    assert raised.value.code == "DATASET_NOTHING_USABLE" and "--set training.objective=dpo" in str(raised.value.remedy)
+    with pytest.raises(DataError, match="1 unpaired example\\)") as raised:
+        looked_at(jsonl(tmp_path / "c.jsonl", [{"prompt": "Why?", "completion": "No.", "label": False}]))
+    assert "--set training.objective=kto" in str(raised.value.remedy)
+    with pytest.raises(DataError, match="1 row rejected\\)") as raised:
+        looked_at(jsonl(tmp_path / "d.jsonl", [{"prompt": "A question without an answer?"}]))
+    assert "Join the file that holds the answers" in str(raised.value.remedy)
 
 
 def test_a_prompt_format_written_by_hand_is_recognised(tmp_path: Path) -> None:
@@ -731,7 +750,7 @@ def test_a_file_of_linked_rows_is_not_read_to_its_end(tmp_path: Path, monkeypatc
     assert looked_at(path, eval_fraction=0).examples == 2_000
     cut_after(monkeypatch)
     found, notes = planning.look_at_data(Data(train=[str(path)], eval_fraction=0))
-    assert found is not None and found.examples == pytest.approx(2_000, rel=0.1) and "250 examples were read" in notes[-1]
+    assert found is not None and found.examples == pytest.approx(2_000, rel=0.1) and "250 examples read" in notes[-1]
 
 
 # --- machine ------------------------------------------------------------------------------------------
@@ -906,7 +925,7 @@ def test_the_traceback_of_an_earlier_attempt_is_not_taken_for_this_ones(run_dir:
 
 
 def test_a_run_that_ended_without_a_word_was_killed(run_dir: Path) -> None:
-    events(run_dir, STARTED, {"event": "log", "step": 3})
+    events(run_dir, STARTED, {"event": "log", "step": 3, "loss": 1.5})
     found = planning.diagnose_run(run_dir)
     told = planning.diagnose_run(run_dir, exit_status=-9)
     assert found is not None and told is not None and found.case == told.case and "memory" in found.cause

@@ -19,7 +19,7 @@ from finetuneflow.cli_model import model_app
 from finetuneflow.cli_options import Json, OwnModule, Run, WorkspaceDir
 from finetuneflow.cli_plan import diff, explain, lint, plan, recipes_app, rewards, score
 from finetuneflow.cli_run import logs, resume, runs, stop, train, verify_resume
-from finetuneflow.errors import ConfigError, FineTuneFlowError, StorageError, missing_extra
+from finetuneflow.errors import ConfigError, FineTuneFlowError, ModelError, StorageError, missing_extra
 from finetuneflow.workspace import Workspace
 
 app = typer.Typer(
@@ -138,6 +138,7 @@ def compare(
     votes: VotesOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the order in which answers are shown (with --votes).")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the whole comparison as JSON.")] = None,
+    module: OwnModule = None,
     workspace: WorkspaceDir = None,
     as_json: Json = False,
 ) -> None:
@@ -149,9 +150,10 @@ def compare(
     from finetuneflow.views import show_comparison
     from finetuneflow.workspace import write_json
 
-    first, second, run = _two_generators(workspace, a, b)
     if votes is not None and suite:
         raise ConfigError("CLI_USAGE", "--votes asks the questions of a data file, not those of a suite.", remedy="Give --data.")
+    _require_vote_file(votes)
+    first, second, run = _two_generators(workspace, a, b, module)
     items = _suite(suite)
     if items is None:
         paths = data or ([run / "data" / "eval.jsonl"] if run and (run / "data" / "eval.jsonl").is_file() else [])
@@ -182,8 +184,16 @@ def compare(
         show_comparison(result)
 
 
+def _require_vote_file(path: Path | None) -> None:
+    from finetuneflow.data.votes import require_vote_file
+
+    if path is not None:
+        require_vote_file(path)
+
+
 def _take_votes(first: Any, second: Any, items: Any, path: Path, *, as_json: bool, **options: Any) -> None:
     from finetuneflow.evaluation.ballots import open_polling
+    from finetuneflow.knowledge.situation import many
     from finetuneflow.terminal import console, error_console, print_json, say
     from finetuneflow.voting import vote
 
@@ -194,10 +204,19 @@ def _take_votes(first: Any, second: Any, items: Any, path: Path, *, as_json: boo
         print_json(found)
         return
     counts = found["votes"]
-    say(
-        f"{sum(counts.values()):,} votes added to {path}: {first.name} {counts['a']}, {second.name} {counts['b']}, "
-        f"ties {counts['tie']}, both bad {counts['both_bad']}; {found['already_voted']} had a vote before."
-    )
+    added = sum(counts.values())
+    models = f"{first.name} {counts['a']}, {second.name} {counts['b']}, ties {counts['tie']}, both bad {counts['both_bad']}"
+    told = {
+        models: added,
+        f"{many(found['already_voted'], 'question')} had a vote before": found["already_voted"],
+        f"both models answer {many(found['same_answers'], 'question')} alike, so there is nothing to prefer": found[
+            "same_answers"
+        ],
+        f"{many(found['open'], 'question')} left open": found["open"],
+    }
+    say(f"{many(added, 'vote')} added to {path}: {'; '.join(text for text, count in told.items() if count)}.")
+    if not added and not found["open"]:
+        say("To go on, raise --limit, or name other questions with --data.", style="dim")
 
 
 @app.command()
@@ -227,6 +246,7 @@ def chat(
 
     if as_json and message is None:
         raise ConfigError("CLI_USAGE", "--json needs a --message: a conversation is for people.")
+    _require_vote_file(votes)
 
     further = _further_adapters(workspace, adapter)
     generator = load_generator(_target(workspace, model), adapters=further, checkpoint=checkpoint, module=module)
@@ -321,7 +341,7 @@ def _target(workspace: Path | None, text: str) -> str:
         return text
 
 
-def _two_generators(workspace: Path | None, a: str, b: str) -> tuple[Any, Any, Path | None]:
+def _two_generators(workspace: Path | None, a: str, b: str, module: str | None) -> tuple[Any, Any, Path | None]:
     """Both models, loaded once where one is the base of the other; and the run whose held-out data they are asked."""
     from finetuneflow.inference import load_generator
 
@@ -330,12 +350,29 @@ def _two_generators(workspace: Path | None, a: str, b: str) -> tuple[Any, Any, P
     targets = {text: Path(_target(workspace, text)) for text in (a, b) if text != "base"}
     runs = [target for target in reversed(targets.values()) if (target / "run.yaml").is_file()]
     if "base" not in (a, b):
-        first, second = load_generator(targets[a]), load_generator(targets[b])
+        first, second = _generators_of([targets[a], targets[b]], module)
         return first, second, runs[0] if runs else None
     other = targets[b if a == "base" else a]
-    tuned = load_generator(other)
-    base = tuned.view(None, name="base") if tuned.adapters else load_generator(other, adapter=False)
+    tuned = load_generator(other, module=module)
+    base = tuned.view(None, name="base") if tuned.adapters else load_generator(other, adapter=False, module=module)
     return (base, tuned, runs[0] if runs else None) if a == "base" else (tuned, base, runs[0] if runs else None)
+
+
+def _generators_of(targets: list[Path], module: str | None) -> list[Any]:
+    """Each model, with the module file where it is of that architecture; that neither is, is an error."""
+    from finetuneflow.inference import load_generator
+
+    found: list[Any] = []
+    misfit = False
+    for target in targets:
+        try:
+            found.append(load_generator(target, module=module))
+        except ModelError as error:
+            if error.code != "MODEL_MODULE_MISMATCH" or misfit:
+                raise
+            misfit = True
+            found.append(load_generator(target))
+    return found
 
 
 def _further_adapters(workspace: Path | None, pairs: list[str] | None) -> dict[str, Path]:

@@ -230,7 +230,7 @@ def _lint_pipeline(pipeline: Pipeline, workspace: Path | None, *, as_json: bool,
     else:
         for name, found in findings.items():
             say(f"{name}", style="bold magenta")
-            show_findings(found)
+            show_findings(found, fixable=False)
     if any(finding.level == "error" for found in findings.values() for finding in found):
         raise typer.Exit(2)
 
@@ -284,7 +284,7 @@ def rewards(as_json: Json = False) -> None:
 
 
 def explain(
-    what: Annotated[str, typer.Argument(help="A code of an error or of a finding, or a run that failed.")],
+    what: Annotated[str, typer.Argument(help="A code of an error, a warning or a finding, or a run that failed.")],
     exit_status: Annotated[
         int | None, typer.Option("--exit-status", help="How the run's process ended, e.g. 137.", show_default=False)
     ] = None,
@@ -295,6 +295,7 @@ def explain(
     from finetuneflow.errors import CODES, StorageError
     from finetuneflow.knowledge.explain import explain_code
     from finetuneflow.knowledge.lint import RULES
+    from finetuneflow.knowledge.run_warnings import WARNINGS
     from finetuneflow.terminal import console, print_json
 
     try:
@@ -308,7 +309,8 @@ def explain(
         return
     if as_json:
         code = what.strip().upper()
-        print_json({"code": code, "meaning": CODES[code] if code in CODES else RULES[code].title, "page": page})
+        meaning = CODES[code] if code in CODES else WARNINGS[code].meaning if code in WARNINGS else RULES[code].title
+        print_json({"code": code, "meaning": meaning, "page": page})
     else:
         from rich.markdown import Markdown
 

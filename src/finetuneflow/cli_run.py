@@ -59,7 +59,7 @@ def train(
     settings, origins = read_settings(config, recipe, set_)
     require_runnable(settings, where=str(config or recipe))
     if dry_run:
-        manifest = _dry_run(settings, Workspace(workspace), quiet=as_json)
+        manifest = _dry_run(_checked(settings, Workspace(workspace)), Workspace(workspace), quiet=as_json)
         if as_json:
             print_json(manifest)
         return
@@ -277,6 +277,7 @@ def verify_resume(
 ) -> None:
     """Prove that a killed and resumed run ends exactly like an uninterrupted one."""
     from finetuneflow.config import load_config, require_runnable
+    from finetuneflow.knowledge.situation import many
     from finetuneflow.terminal import console, error_console, print_json, say
     from finetuneflow.training.verify import verify_resume as verify
 
@@ -291,7 +292,7 @@ def verify_resume(
     else:
         for kill in result.kills:
             say(f"killed with SIGKILL {kill.moment}, step {kill.step}")
-        say(f"weights: {result.tensors} tensors compared, {len(result.different_tensors)} differ")
+        say(f"weights: {many(result.tensors, 'tensor')} compared, {len(result.different_tensors)} differ")
         say(f"log and evaluation lines: {result.log_lines} compared, {len(result.different_lines)} differ")
         for difference in (*result.different_tensors, *result.different_lines)[:10]:
             say(f"  differs: {difference}")
@@ -303,10 +304,21 @@ def verify_resume(
 # --- shared ---------------------------------------------------------------------------------------
 
 
+def _checked(settings: RunConfig, workspace: Workspace) -> RunConfig:
+    """The settings, once what they name beside the data is known to be there: an adapter, rewards, an acceptance suite."""
+    from finetuneflow.training.objectives import require_named
+    from finetuneflow.training.start import with_folders
+
+    settings = with_folders(settings.with_absolute_paths(), workspace)
+    require_named(settings)
+    return settings
+
+
 def _dry_run(settings: RunConfig, workspace: Workspace, *, quiet: bool) -> dict[str, Any]:
     """Everything up to the tokens: what would be trained on, or why it cannot be."""
     from finetuneflow.terminal import RunView, say
     from finetuneflow.training.objectives import load_materials
+    from finetuneflow.views import dry_run_text
 
     view = RunView(quiet=quiet)
     events = iter(range(1, 1_000_000))
@@ -318,10 +330,7 @@ def _dry_run(settings: RunConfig, workspace: Workspace, *, quiet: bool) -> dict[
 
     manifest = load_materials(settings, workspace, emit).prepared.manifest
     if not quiet:
-        say(
-            f"{manifest['train_examples']:,} examples to train on, {manifest['eval_examples']:,} held out; "
-            f"{manifest['avg_tokens']:.0f} tokens each on average, {100 * manifest['supervised_share']:.1f} % in the loss."
-        )
+        say(dry_run_text(manifest))
     return manifest
 
 
@@ -331,7 +340,7 @@ def _dry_run_pipeline(pipeline: Pipeline, workspace: Workspace, *, as_json: bool
     from finetuneflow.training.pipeline import checked
 
     found = {}
-    for stage in checked(pipeline).stages:
+    for stage in checked(pipeline, workspace).stages:
         if not as_json:
             say(f"{stage.name} ({stage.config.training.objective}): {stage.start.reason}", style="bold")
         found[stage.name] = _dry_run(stage.config, workspace, quiet=as_json)

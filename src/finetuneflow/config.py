@@ -152,7 +152,9 @@ class Training(Section):
     )
     epochs: float = Field(3, gt=0, le=1000, description="Passes over the training data.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever `epochs` says.")
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, description="Peak learning rate; null: what suits the objective and the method, as the plan says."
+    )
     batch_size: int = Field(4, ge=1, le=4096, description="Examples per device and forward pass (micro-batch).")
     eval_batch_size: int = Field(4, ge=1, le=4096, description="Examples per device in evaluation.")
     gradient_accumulation: int = Field(4, ge=1, le=4096, description="Micro-batches per optimizer step.")
@@ -440,14 +442,25 @@ class RunConfig(Section):
 # --- reading ------------------------------------------------------------------------------------
 
 
+# NUL and halves of surrogate pairs, which YAML writes as escapes: the system takes no path with them, and no file such text.
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader that also refuses a key given twice, and aliases (a few lines can expand to gigabytes)."""
+    """YAML's safe loader that also refuses a key given twice, text no path can hold, and aliases (a few lines can expand to gigabytes)."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not supported", event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if found := _UNUSABLE.search(value):
+            problem = f"a value holds the character {found[0]!r}, which no path and no text file can"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -472,7 +485,12 @@ _UniqueKeyLoader.add_implicit_resolver(
 def parse_yaml(text: str, *, where: str) -> Any:
     """Parse YAML safely: no tags that build objects, no aliases, no duplicate keys, bounded size."""
     if len(text) > MAX_FILE_BYTES:
-        raise ConfigError("CONFIG_UNREADABLE", f"The file is larger than {MAX_FILE_BYTES:,} characters.", where=where)
+        raise ConfigError(
+            "CONFIG_UNREADABLE",
+            f"The file is larger than {MAX_FILE_BYTES:,} characters.",
+            where=where,
+            remedy="Settings alone are never that long: check that this is the file that was meant, and name data by its path.",
+        )
     try:
         return yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -481,7 +499,12 @@ def parse_yaml(text: str, *, where: str) -> Any:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError("CONFIG_UNREADABLE", f"Not valid YAML: {problem}.", where=place, remedy="Mend that line.") from error
     except RecursionError as error:
-        raise ConfigError("CONFIG_UNREADABLE", "The file is nested too deeply.", where=where) from error
+        raise ConfigError(
+            "CONFIG_UNREADABLE",
+            "The file is nested too deeply.",
+            where=where,
+            remedy="No setting lies more than a few levels deep: look for brackets or braces that are not closed.",
+        ) from error
     except (ValueError, AttributeError, IndexError) as error:  # impossible dates, endless numbers, empty tags
         problem = f"A value cannot be read: {str(error)[:120]}."
         raise ConfigError("CONFIG_UNREADABLE", problem, where=where, remedy="Put that value in quotes.") from error
@@ -592,18 +615,29 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Write what `section.key=value` says into nested settings; the value is read as YAML."""
+def apply_override(values: dict[str, Any], override: str, *, where: str | None = None) -> None:
+    """Write what `section.key=value` says into nested settings; the value is read as YAML. `where`: as it was typed."""
     key, separator, text = override.partition("=")
+    where = where or f"--set {key.strip()}"
     if not separator or not key.strip():
-        raise ConfigError("CONFIG_INVALID_VALUE", f"{override!r} is not of the form section.key=value.", where="--set")
+        raise ConfigError(
+            "CONFIG_INVALID_VALUE",
+            f"{override!r} is not of the form section.key=value.",
+            where=where,
+            remedy="Write e.g. `--set training.epochs=1`.",
+        )
     *sections, last = key.strip().split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError("CONFIG_INVALID_VALUE", f"{section!r} in {override!r} is not a group of settings.", where="--set")
+            raise ConfigError(
+                "CONFIG_INVALID_VALUE",
+                f"{section!r} in {override!r} is not a group of settings.",
+                where=where,
+                remedy="`ftf config` lists every setting by its full name.",
+            )
         values = inner
-    values[last] = parse_yaml(text, where=f"--set {key}")
+    values[last] = parse_yaml(text, where=where)
 
 
 def _explain(error: ValidationError, where: str) -> ConfigError:

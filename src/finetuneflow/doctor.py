@@ -326,7 +326,7 @@ def _gib(num_bytes: int | None) -> str:
 
 def check_token(environment: Mapping[str, str]) -> Check:
     """Whether a hub token is there. Its value is not read from the file and never shown."""
-    home = Path(environment.get("HF_HOME") or Path(environment.get("HOME") or "~").expanduser() / ".cache/huggingface")
+    home = Path(environment.get("HF_HOME") or Path(os.path.expanduser(environment.get("HOME") or "~")) / ".cache/huggingface")
     path = Path(environment.get("HF_TOKEN_PATH") or home / "token")
     if environment.get("HF_TOKEN") or environment.get("HUGGING_FACE_HUB_TOKEN"):
         return Check("Hub token", "ok", "present (environment)")

@@ -38,6 +38,7 @@ CODES: dict[str, str] = {
     "STORAGE_EXISTS": "The target exists already and is never overwritten unasked.",
     "RUN_NOT_FOUND": "No run of that name is in the workspace.",
     "RUN_BUSY": "Another process is working on this run.",
+    "RUN_DAMAGED": "The events of a run or a pipeline hold something that FineTuneFlow did not write.",
     "EXTRA_MISSING": "An optional package that this command needs is not installed.",
     # templates, tokens and the loss mask
     "TEMPLATE_UNKNOWN": "No chat template of that name is built in, and no file of that name exists.",

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from finetuneflow.errors import FineTuneFlowError
 from finetuneflow.events import Event
+from finetuneflow.knowledge.situation import many
 
 PIPE_WIDTH = 140  # a pipe has no width of its own; rich would wrap at 80
 
@@ -165,6 +166,14 @@ def percent(share: float) -> str:
 SHOWN_FIGURES = ("accuracy", "margin", "reward", "kl", "response_length")
 
 
+def figure_text(name: str, value: float) -> str:
+    """`margin 0.512`; the divergence with its unit, and why it may be below zero, which no true divergence is."""
+    text = f"{name.replace('_', ' ')} {value:.3f}"
+    if name == "kl":
+        text += " nats (an estimate around 0)" if value < 0 else " nats"
+    return text
+
+
 # --- a run as it goes -----------------------------------------------------------------------------
 
 
@@ -242,7 +251,7 @@ class RunView:
                 f"{human_bytes(event['memory_bytes'])} of {human_bytes(event['capacity_bytes'])} memory ({event['verdict']})"
             )
         if event["seconds"]:
-            parts.append(f"about {human_time(event['seconds'])} for {event['steps']:,} steps")
+            parts.append(f"about {human_time(event['seconds'])} for {many(event['steps'], 'step')}")
         if event["price_usd"]:
             parts.append(f"about {event['price_usd']:,.2f} $")
         self._print_item(Text("· ", "dim"), Text.assemble(("predicted  ", "cyan"), (", ".join(parts) or "nothing", "dim")))
@@ -265,11 +274,13 @@ class RunView:
 
     def _on_warning(self, event: Event) -> None:
         advice = f"  {event['advice']}" if event["advice"] else ""
-        self._print_item(Text("! ", "bold yellow"), Text.assemble((event["message"], "yellow"), (advice, "dim")))
+        self._print_item(
+            Text("! ", "bold yellow"), Text.assemble((event["message"], "yellow"), (f"{advice}  {event.get('code', '')}", "dim"))
+        )
 
     def _on_log(self, event: Event) -> None:
         shown = event.get("metrics", {})
-        named = "".join(f"{name.replace('_', ' ')} {shown[name]:.3f}   " for name in SHOWN_FIGURES if name in shown)
+        named = "".join(f"{figure_text(name, shown[name])}   " for name in SHOWN_FIGURES if name in shown)
         figures = (
             f"loss {event['loss']:.4f}   {named}lr {event['learning_rate']:.2e}   grad {event['grad_norm']:.2f}   "
             f"{event['tokens_per_second']:,.0f} tok/s   {human_bytes(event['memory_bytes'])} (peak {human_bytes(event['peak_memory_bytes'])})   "
@@ -291,13 +302,11 @@ class RunView:
         figures = f"loss {event['eval_loss']:.4f}"
         if "eval_perplexity" in event:
             figures += f"   perplexity {event['eval_perplexity']:.2f}   token accuracy {percent(event['eval_token_accuracy'])}"
-        figures += "".join(
-            f"   {name.replace('_', ' ')} {event[f'eval_{name}']:.3f}" for name in SHOWN_FIGURES if f"eval_{name}" in event
-        )
+        figures += "".join(f"   {figure_text(name, event[f'eval_{name}'])}" for name in SHOWN_FIGURES if f"eval_{name}" in event)
         self._print(Text.assemble(("  eval ", "bold green"), f"step {event['step']}   {figures}"))
 
     def _on_suite(self, event: Event) -> None:
-        passed = f"{event['passed']} of {event['prompts']} prompts passed ({percent(event['share'])})"
+        passed = f"{event['passed']} of {many(event['prompts'], 'prompt')} passed ({percent(event['share'])})"
         self._print(Text.assemble(("  suite ", "bold green"), f"step {event['step']}   {event['name']}   {passed}"))
 
     def _on_checkpoint(self, event: Event) -> None:
@@ -308,7 +317,7 @@ class RunView:
         self._print(
             Text.assemble(
                 ("Done ", "bold green"),
-                f"{event['total_steps']} steps in {human_time(event['seconds'])}, mean training loss {event['train_loss']:.4f}",
+                f"{many(event['total_steps'], 'step')} in {human_time(event['seconds'])}, mean training loss {event['train_loss']:.4f}",
             )
         )
 

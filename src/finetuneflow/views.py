@@ -5,12 +5,13 @@ Each function takes a result and prints it; nothing is computed here that `--jso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.text import Text
 
+from finetuneflow.knowledge.situation import many
 from finetuneflow.terminal import clean, console, human_bytes, human_time, percent, say, shorten, table
 
 if TYPE_CHECKING:
@@ -45,13 +46,14 @@ def show_data_report(report: FileReport) -> None:
     form = f"{source.format}{f' ({source.compression})' if source.compression else ''}, {source.encoding}" if source else ""
     console.print(Text.assemble((clean(report.file), "bold"), f"  {form}"))
     say(
-        f"  {report.usable:,} of {report.rows:,} rows usable"
+        f"  {report.usable:,} of {many(report.rows, 'row')} usable"
         + (f", {report.rejected_rows:,} rejected ({percent(report.rejected_share)})" if report.rejected else "")
-        + (f", {report.examples:,} examples" if report.examples != report.usable else "")
+        + (f", {many(report.examples, 'example')}" if report.examples != report.usable else "")
     )
     say("  shapes      " + _counts(report.shapes))
     if report.preferences:
-        say(f"  preferences {report.preferences['pair']:,} pairs can be made, {report.preferences['rated']:,} rated answers")
+        made = {"pair": many(report.preferences["pair"], "pair"), "rated": many(report.preferences["rated"], "rated answer")}
+        say(f"  preferences {made['pair']} can be made, {made['rated']}")
     _show_problems(report)
     near = "" if report.near_duplicates is None else f", {report.near_duplicates:,} nearly the same"
     say(f"  duplicates  {report.duplicates:,} exact{near}")
@@ -82,7 +84,7 @@ def _show_tokens(report: FileReport) -> None:
     )
     if tokens.max_length:
         say(
-            f"  over {tokens.max_length:,}   {tokens.rows_over:,} examples, which lose {tokens.answer_tokens_lost:,} answer tokens"
+            f"  over {tokens.max_length:,}   {many(tokens.rows_over, 'example')}, in which {many(tokens.answer_tokens_lost, 'answer token')} would be lost"
         )
     widest = max(tokens.histogram.values(), default=1) or 1
     for edge, count in tokens.histogram.items():
@@ -94,6 +96,20 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
 
 
+def dry_run_text(manifest: Mapping[str, Any]) -> str:
+    """What a run would train on, in a sentence or two."""
+    tokens = f"{manifest['avg_tokens']:.0f} tokens each on average"
+    draws = manifest["form"] == "prompt"
+    text = f"{many(manifest['train_examples'], 'prompt' if draws else 'example')} to train on, {manifest['eval_examples']:,} held out; {tokens}"
+    if draws:
+        text += ". Answers to them are drawn in training, and only those are in the loss."
+    else:
+        text += f", {percent(manifest['supervised_share'])} in the loss."
+    if replay := manifest.get("replay"):
+        text += f" {many(replay['examples'], 'example')} of them ({percent(replay['share'])}) replayed from data.replay."
+    return text
+
+
 # --- evaluation and comparison ----------------------------------------------------------------------
 
 
@@ -102,7 +118,7 @@ def show_suite(result: SuiteResult, *, title: str | None = None) -> None:
     console.print(
         Text.assemble(
             (f"{clean(title or result.suite)}: ", "bold"),
-            f"{result.passed} of {len(result.items)} prompts passed ({percent(result.pass_share)})",
+            f"{result.passed} of {many(len(result.items), 'prompt')} passed ({percent(result.pass_share)})",
         )
     )
     rows = [
@@ -133,7 +149,7 @@ def show_evaluation(result: Evaluation) -> None:
         figures = result.losses
         say(
             f"  loss {figures.loss:.4f} nats/token   perplexity {figures.perplexity:.3f}   token accuracy {percent(figures.token_accuracy)}   "
-            f"over {figures.tokens:,} tokens of {figures.examples:,} examples"
+            f"over {many(figures.tokens, 'token')} of {many(figures.examples, 'example')}"
         )
     if result.scores:
         scores = result.scores.to_dict()
@@ -143,7 +159,7 @@ def show_evaluation(result: Evaluation) -> None:
         p = result.preferences
         sums = "" if p.accuracy_of_sums is None else f"   (whole answers: {percent(p.accuracy_of_sums)})"
         say(
-            f"  preferences: {percent(p.accuracy)} of {p.pairs:,} pairs told apart by {p.by} "
+            f"  preferences: {percent(p.accuracy)} of {many(p.pairs, 'pair')} told apart by {p.by} "
             f"(95% interval {percent(p.accuracy_low)} to {percent(p.accuracy_high)}){sums}   margin {p.margin:.3f}"
         )
     if result.samples:
@@ -224,10 +240,7 @@ def show_export(result: ExportResult) -> None:
             right=(1,),
         )
     )
-    say(
-        f"  checked by loading it again: {check.compared}; {check.same_texts} of {check.prompts} greedy texts the same, "
-        f"largest logit difference {check.max_abs_diff:.2g} (relative error {check.error:.2g}, allowed {check.tolerance:.2g})"
-    )
+    say(f"  checked by loading it again: {check.compared}; {check.agreement}")
 
 
 def show_doctor(checks: Sequence[Check]) -> None:

@@ -21,6 +21,7 @@ STATUS_STYLES = {
     "failed": "red",
     "interrupted": "red",
 }
+UNKNOWN = "–"
 STATUS_MARKS = {"succeeded": "✓", "running": "…", "gated": "!", "stopped": "■", "failed": "✗", "interrupted": "✗", "waiting": "·"}
 
 
@@ -40,11 +41,14 @@ def show_pipeline_plan(plan: PipelinePlan) -> None:
         for row in found["stages"]
     ]
     total = found["total"]
-    memory = human_bytes(total["memory_bytes"]) if total["memory_bytes"] else ""
+    memory = human_bytes(total["memory_bytes"]) if total["memory_bytes"] else UNKNOWN
     rows.append(("all", "", "", _count(total["steps"]), memory, _time(total["seconds"]), _price(total["price_usd"])))
     columns = ["stage", "trains", "from", "steps", "memory", "time", "cost"]
     console.print(table(f"Pipeline {clean(plan.name)}", columns, rows, right=(3, 4, 5, 6), whole=(0, 1, 3, 4, 5, 6)))
     say("Memory of all: of the stage that needs most. Measuring between the stages is not counted.", style="dim")
+    if blank := [stage.stage.name for stage in plan.stages if not stage.stage.config.data.train]:
+        wanted = " ".join(f"--set stages.{name}.data.train=FILE" for name in blank)
+        say(f"Steps, time and cost follow from the data: {wanted}", style="dim")
     for row in found["stages"]:
         say(f"  {row['stage']}: {row['start']['reason']}", style="dim")
     for note in dict.fromkeys(note for row in found["stages"] for note in row["notes"]):
@@ -53,7 +57,7 @@ def show_pipeline_plan(plan: PipelinePlan) -> None:
 
 def _memory(row: dict[str, Any]) -> Any:
     if row["memory_bytes"] is None:
-        return ""
+        return UNKNOWN
     style = {"fits": "", "tight": "yellow", "no": "red"}[row["verdict"]]
     return Text(human_bytes(row["memory_bytes"]) + ("" if row["verdict"] == "fits" else f" ({row['verdict']})"), style=style)
 
@@ -63,19 +67,21 @@ def _source(start: dict[str, Any]) -> str:
 
 
 def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
+    return UNKNOWN if value is None else f"{value:,}"
 
 
 def _time(seconds: float | None) -> str:
-    return "" if seconds is None else human_time(seconds)
+    return UNKNOWN if seconds is None else human_time(seconds)
 
 
 def _price(price: float | None) -> str:
-    return "" if price is None else f"{price:,.2f} $"
+    return UNKNOWN if price is None else f"{price:,.2f} $"
 
 
 def show_pipeline(record: PipelineRecord) -> None:
     """What every stage was, took and changed."""
+    from finetuneflow.export.pipeline_report import KL_NOTE
+
     summary = record.summary
     status = str(summary["status"])
     took = f"  {human_time(summary['seconds'])}" if summary["seconds"] else ""
@@ -90,6 +96,8 @@ def show_pipeline(record: PipelineRecord) -> None:
     )
     columns = ["stage", "trained", "from", "steps", "time", "peak memory", "evaluations, first → kept", "status"]
     console.print(table(None, columns, [_stage_row(row) for row in record.stages], right=(3, 4, 5), whole=(0, 1, 2, 3, 4, 5, 7)))
+    if any(figure.name == "kl" and min(figure.after, figure.before or 0) < 0 for row in record.stages for figure in row.figures):
+        say(f"  {KL_NOTE}", style="dim")
     for row in record.stages:
         for gate in row.summary["gates"]:
             mark, style = ("✓", "green") if gate["passed"] else ("!", "yellow") if gate["accepted"] else ("✗", "red")

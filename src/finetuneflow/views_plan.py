@@ -47,7 +47,10 @@ def show_plan(plan: Plan, advice: Advice, seen: Look) -> None:
     console.print(Text.assemble(("model    ", "dim"), f"{clean(model['name'])}, {model['parameters'] / 1e6:,.0f} M parameters"))
     data = seen.situation.data
     if data is not None:
-        examples = f"{'' if data.counted else 'about '}{data.examples:,} examples of {data.mean_tokens:.0f} tokens"
+        from finetuneflow.knowledge.values import many
+
+        length = f"{data.both_tokens:.0f} tokens (both sides)" if data.both_tokens else f"{data.mean_tokens:.0f} tokens"
+        examples = f"{'' if data.counted else 'about '}{many(data.examples, data.noun)} of {length}"
         console.print(
             Text.assemble(("data     ", "dim"), examples + (f", {data.eval_examples:,} held out" if data.eval_examples else ""))
         )
@@ -136,7 +139,7 @@ def _plain(text: str) -> str:
 LEVEL_MARKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "advice": ("·", "cyan")}
 
 
-def show_findings(findings: Sequence[Finding], *, fixed: bool = False) -> None:
+def show_findings(findings: Sequence[Finding], *, fixed: bool = False, fixable: bool = True) -> None:
     if not findings:
         say("Nothing found." if not fixed else "Nothing left to find.", style="green")
         return
@@ -156,7 +159,7 @@ def show_findings(findings: Sequence[Finding], *, fixed: bool = False) -> None:
             if counts[level]
         )
     )
-    say("`ftf explain CODE` says more; `ftf lint --fix` applies the safe fixes.", style="dim")
+    say("`ftf explain CODE` says more" + ("; `ftf lint --fix` applies the safe fixes." if fixable else "."), style="dim")
 
 
 def show_diagnosis(found: Diagnosis) -> None:

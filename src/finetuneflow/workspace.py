@@ -284,7 +284,7 @@ class Workspace:
     """The data directory. Cheap to make; creates folders only when something is written."""
 
     def __init__(self, root: Path | str | None = None) -> None:
-        self.root = Path(root or os.environ.get("FTF_HOME") or "ftf-workspace").expanduser()
+        self.root = Path(os.path.expanduser(root or os.environ.get("FTF_HOME") or "ftf-workspace"))
 
     @property
     def runs_dir(self) -> Path:

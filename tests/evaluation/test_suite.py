@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evaluation.asking import tiny_generator
+from finetuneflow.config import BUNDLED_SUITES, parse_yaml
 from finetuneflow.errors import EvaluationError
 from finetuneflow.evaluation.judges import BUILT_IN, contains_words, list_items, load_judges, search_with_limit
-from finetuneflow.evaluation.suite import SuiteResult, judge_answer, judge_answers, load_suite, parse_suite, run_suite
+from finetuneflow.evaluation.suite import (
+    CHECK_KEYS,
+    PROMPT_KEYS,
+    SUITE_KEYS,
+    SuiteResult,
+    judge_answer,
+    judge_answers,
+    load_suite,
+    parse_suite,
+    run_suite,
+)
 from finetuneflow.inference import Generation
 
 GOOD = """\
@@ -89,6 +102,21 @@ def test_a_mistake_in_a_suite_is_named_with_its_place(tmp_path: Path, change: tu
         load_suite(tmp_path / "s.yaml")
     assert caught.value.code == "SUITE_INVALID"
     assert where in str(caught.value.where) and what in caught.value.message
+
+
+def test_the_page_about_suites_shows_one_that_works_and_names_every_key() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "acceptance-suites.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    suite = parse_suite(parse_yaml(example, where="page"))
+    used = {key for prompt in suite.prompts for key, value in asdict(prompt.check).items() if value}
+    assert used == CHECK_KEYS and all(f"`{key}`" in page for key in SUITE_KEYS | PROMPT_KEYS | CHECK_KEYS)
+    assert {function.partition(":")[0] for prompt in suite.prompts for function in prompt.check.function} <= BUILT_IN.keys()
+    assert all(f"`{name}" in page for name in BUILT_IN)
+    for name in BUNDLED_SUITES:
+        assert f"| `{name}` | {len(load_suite(name).prompts)} |" in page
+    answers = ["It is Paris.", "Four.", "12-25", "red, green and blue"]
+    judged = judge_answers(suite, [Generation(text, (), True, 1) for text in answers])
+    assert judged.passed == len(answers), judged.failures
 
 
 def test_a_missing_suite_and_one_that_is_no_mapping_are_errors(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +20,7 @@ from finetuneflow.errors import ExportError
 from finetuneflow.events import EventLog
 from finetuneflow.export import plot_loss, write_report
 from finetuneflow.export.card import base_license, card_text
-from finetuneflow.export.plot import draw_loss, smooth
+from finetuneflow.export.plot import PANELS, _draw_panel, draw_loss, smooth
 from finetuneflow.export.record import METHOD_NAMES, read_run
 from finetuneflow.export.redact import Redactor
 from finetuneflow.export.text import cell, duration, figure, rate, size
@@ -89,6 +90,15 @@ def test_a_lowered_learning_rate_is_reported_as_used(new_run: RunMaker) -> None:
     run_dir = new_run("full")
     write_json(run_dir / "environment.json", {"setup": {"learning_rate": 2e-5}})
     assert value(lines_of(run_dir), "Learning rate") == "2e-5"
+
+
+def test_what_was_left_out_of_the_data_stands_in_its_section(new_run: RunMaker) -> None:
+    run_dir = new_run("lora")
+    warning = {"code": "ROWS_REJECTED", "message": "3 rows of a|b.jsonl left out.", "advice": "Look."}
+    write_json(run_dir / "data/manifest.json", {"form": "pair", "avg_tokens": 90.5, "warnings": [warning]})
+    section = "\n".join(lines_of(run_dir)).partition("## Dataset")[2].partition("\n## ")[0]
+    assert "- Avg tokens per example (both sides): 90.5" in section
+    assert "- ROWS\\_REJECTED: 3 rows of a\\|b.jsonl left out. Look." in section
 
 
 def test_what_was_not_measured_is_said_to_be_so(new_run: RunMaker) -> None:
@@ -239,6 +249,29 @@ def test_any_number_of_log_lines_can_be_drawn(new_run: RunMaker, lines: int) -> 
         for step in range(1, lines + 1):
             log.emit("log", step=step, total_steps=lines, loss=float("nan") if step == 2 else 1000.0 if step == 3 else 1.0)
     assert png_size(draw_loss(read_run(run_dir))) == (1600, 900)
+
+
+def panel(steps: range, *names: str) -> Any:
+    """The axes of one figure of `objective.png`, drawn from a line per step."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    lines = [{"step": step, **{name: -float(step) for name in names}} for step in steps]
+    held_out = [{f"eval_{key}" if key != "step" else key: value for key, value in line.items()} for line in lines[-1:]]
+    _draw_panel(axes, next(panel for panel in PANELS if panel[0] == names), lines, held_out)
+    return axes
+
+
+@pytest.mark.parametrize(("steps", "marked"), [(range(1, 2), True), (range(1, 5), True), (range(10, 3000, 10), False)])
+def test_figures_of_an_objective_mark_few_points_and_name_their_axes(steps: range, marked: bool) -> None:
+    axes = panel(steps, "logp_chosen", "logp_rejected")
+    assert (axes.lines[0].get_marker() == "o") is marked
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "nats per answer")
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["chosen", "chosen, held out", "rejected", "rejected, held out"]
+    ticks = axes.get_xticks()
+    assert all(tick == int(tick) for tick in ticks) and len(set(ticks)) == len(ticks)
+    assert panel(steps, "kl").get_ylabel() == "nats" and panel(steps, "reward").get_ylabel() == "reward"
 
 
 def test_dollar_signs_and_long_names_do_not_break_the_title(new_run: RunMaker, tmp_path: Path) -> None:

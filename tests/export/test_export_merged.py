@@ -224,7 +224,7 @@ def test_another_choice_where_the_trained_model_is_certain_fails_whatever_the_me
     other = many.clone()
     other[7] = torch.tensor([-4.0, 4.0, 0.0])
     check = judge(Answers(((0,),), (many,)), Answers(((0,),), (other,)), [[1] * 1999], tolerance=0.1, compared="x")
-    assert check.error < 0.1 and not check.passed and "1 positions" in check.problems[0]
+    assert check.error < 0.1 and not check.passed and "at 1 position where" in check.problems[0]
 
 
 def test_another_choice_where_the_trained_model_wavers_is_excused() -> None:

@@ -23,6 +23,7 @@ from finetuneflow.knowledge.decision_matrix import (
     tight_adjustments,
 )
 from finetuneflow.knowledge.memory import estimate
+from finetuneflow.knowledge.resolve import usual_rate
 from finetuneflow.knowledge.shapes import shape_from_size
 from finetuneflow.knowledge.values import GB, Device, Machine
 
@@ -166,7 +167,7 @@ def test_the_adjustments_are_settings_of_ours() -> None:
 def test_documented_defaults_are_the_product_s() -> None:
     """ML defaults 1.1 and 1.2; those missing here are in docs/reference-notes.md (precision, optimizer, checkpointing, targets)."""
     training, method, data = RunConfig().training, RunConfig().method, RunConfig().data
-    assert (training.epochs, training.learning_rate, training.batch_size, training.eval_batch_size) == (3, 2e-4, 4, 4)
+    assert (training.epochs, usual_rate("sft", method.kind)[0], training.batch_size, training.eval_batch_size) == (3, 2e-4, 4, 4)
     assert (training.gradient_accumulation, data.max_length, training.warmup_ratio) == (4, 2048, 0.03)
     assert (training.weight_decay, training.scheduler, training.log_steps) == (0.01, "cosine", 10)
     assert (training.eval_steps, training.save_steps, training.keep_checkpoints) == (100, 200, 3)

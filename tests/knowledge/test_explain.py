@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -20,8 +21,10 @@ from finetuneflow.knowledge import explain
 from finetuneflow.knowledge.explain import Diagnosis, Remedy, cases, diagnose, explain_code, what_to_do
 from finetuneflow.knowledge.memory import estimate
 from finetuneflow.knowledge.remedies import memory_figures
+from finetuneflow.knowledge.run_warnings import WARNINGS
 from finetuneflow.knowledge.shapes import shape_from_size
 from finetuneflow.knowledge.values import GB, Device, Machine
+from finetuneflow.training.watch import CONCERNS
 
 GIB, MIB = 2**30, 2**20
 
@@ -593,6 +596,35 @@ def test_every_error_code_says_what_it_means_and_what_to_do(code: str) -> None:
     assert CODES[code] in page
     advice = page.split("What to do: ")[1].split("\n")[0]
     assert len(advice) > 20 and advice.endswith(".")
+
+
+def emitted_warnings() -> set[str]:
+    """Every code that the sources warn with, wherever it is a literal: in the event, or on the way to it."""
+    found: set[object] = set()
+    for path in (Path(__file__).parents[2] / "src" / "finetuneflow").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                first = getattr(node.args[0], "value", None) if node.args else None
+                keywords = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+                found |= {keywords.get("warning"), keywords.get("code") if first == "warning" else None}
+                found |= {first} if name in ("warn", "_warn", "_warning", "_concern", "AuditFinding") else set()
+            elif isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple) and path.name == "preferences.py":
+                found.add(getattr(node.value.elts[0], "value", None))
+    return {code for code in found if isinstance(code, str) and code.isupper()} - {"TEMPLATE_NOTE"}
+
+
+def test_every_warning_that_is_emitted_is_explained_and_every_explained_one_is_emitted() -> None:
+    assert emitted_warnings() == set(WARNINGS) and set(WARNINGS) >= CONCERNS
+    assert not set(WARNINGS) & set(CODES)
+
+
+@pytest.mark.parametrize("code", sorted(WARNINGS))
+def test_every_warning_says_what_it_means_and_what_to_do(code: str) -> None:
+    page = explain_code(code.lower())
+    meaning, advice = WARNINGS[code]
+    assert page == f"{code}: {meaning}\n\nWhat to do: {advice}"
+    assert len(meaning) > 20 and meaning.endswith(".") and advice.endswith(".")
 
 
 def test_help_names_no_code_or_group_that_is_gone() -> None:

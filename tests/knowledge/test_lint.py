@@ -216,7 +216,7 @@ CASES: dict[str, tuple[Situation, Situation]] = {
     "LR_TOO_LOW_TO_LEARN": (run(f"{FULL} {RATE}=9e-7"), run(f"{FULL} {RATE}=1e-6")),
     "LR_BY_MODEL_SIZE": (run(f"{FULL} {RATE}=3e-5", shape=LLAMA_8B), run(f"{FULL} {RATE}=2e-5", shape=LLAMA_8B)),
     "LR_LARGE_MODEL_ADAPTER": (run(QLORA, shape=LLAMA_70B), run(QLORA, shape=LLAMA_8B)),
-    "LR_LOW_FOR_IA3": (run("method.kind=ia3"), run(f"method.kind=ia3 {RATE}=1e-3")),
+    "LR_LOW_FOR_IA3": (run(f"method.kind=ia3 {RATE}=2e-4"), run("method.kind=ia3")),
     "WARMUP_NONE": (run(f"{FULL} training.warmup_ratio=0"), run("training.warmup_ratio=0")),
     "WARMUP_BY_STEPS": (run("training.warmup_ratio=0.2", steps=5_000), run("training.warmup_ratio=0.05", steps=5_000)),
     "WARMUP_MOST_OF_RUN": (run("training.warmup_ratio=0.3"), run("training.warmup_ratio=0.29")),
@@ -233,7 +233,6 @@ CASES: dict[str, tuple[Situation, Situation]] = {
     "PREFERENCE_LOSS_UNKNOWN": (run(f"{DPO} preference.loss=kto"), run("training.objective=kto preference.loss=kto")),
     "PREFERENCE_BETA_UNUSUAL": (run(f"{DPO} preference.beta=0.51"), run(f"{DPO} preference.beta=0.5")),
     "LR_HIGH_FOR_OBJECTIVE": (run(f"{DPO} {FULL} {RATE}=5.1e-6"), run(f"{DPO} {FULL} {RATE}=5e-6")),
-    "LR_DEFAULT_REPLACED": (run(f"{DPO} {RATE}=2e-4"), run(DPO)),
     "PREFERENCE_BEFORE_TUNING": (run(DPO, model=BASE), run(f"{DPO} model.adapter=runs/sft", model=BASE)),
     "STACK_NOT_POSSIBLE": (
         run(f"{STACK} method.kind=dora"),

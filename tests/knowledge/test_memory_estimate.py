@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import time
 import weakref
@@ -284,6 +285,37 @@ def test_checkpointing_and_smaller_weights_save_memory() -> None:
     assert total(method__kind="full", training__optimizer="adamw_torch_fused") > total(
         method__kind="full", training__optimizer="adamw_8bit"
     )
+
+
+_LOADING = """
+import re, sys
+from finetuneflow.models.load import load_base
+found = load_base(sys.argv[1], dtype=sys.argv[2])
+status = open("/proc/self/status").read()
+print(*(int(re.search(name + r":\\s+(\\d+)", status)[1]) * 1024 for name in ("VmHWM", "VmRSS")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("stored", "wanted"), [("float32", "bf16"), ("bfloat16", "fp32")])
+def test_a_file_of_another_type_is_resident_beside_the_weights_made_from_it(tmp_path: Path, stored: str, wanted: str) -> None:
+    """The estimate's part for it is what a process takes at its highest above what it keeps once the model is loaded."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from finetuneflow.models.starter import starter_path
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=3200, hidden_size=512, intermediate_size=2048, num_hidden_layers=8))
+    model.to(getattr(torch, stored)).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((starter_path() / name).read_bytes())
+    shape = shape_from_config(json.loads((tmp_path / "config.json").read_text()))
+    assert shape.stored_dtype == stored
+    child = subprocess.run([sys.executable, "-c", _LOADING, str(tmp_path), wanted], capture_output=True, text=True, check=True)
+    highest, kept = map(int, child.stdout.split())
+    run = config(model__dtype={"bf16": "bfloat16", "fp32": "float32"}[wanted], method__kind="lora")
+    parts = memory_phases.parts_of(shape, run, resolve(run, machine(kind="cpu")), memory.workload_of(run))
+    assert memory_phases.phases(parts, 1, "single")["loading"]["temporary"] == pytest.approx(highest - kept, rel=0.15)
 
 
 def test_shorter_data_than_max_length_counts() -> None:

@@ -25,7 +25,7 @@ from finetuneflow.knowledge.memory import estimate, workload_of
 from finetuneflow.knowledge.memory_heads import Tiles, answer_bytes, drawing_copies, tile_bytes
 from finetuneflow.knowledge.objectives import TRAITS, has_live_reference, passes_of, reference_of, rows_per_step
 from finetuneflow.knowledge.recommend import options
-from finetuneflow.knowledge.resolve import DEFAULT_RATE, OBJECTIVE_RATES, resolve_on
+from finetuneflow.knowledge.resolve import METHOD_RATES, OBJECTIVE_RATES, resolve_on
 from finetuneflow.knowledge.rules import preference as preference_rules
 from finetuneflow.knowledge.shapes import known_shape, shape_from_config
 from finetuneflow.knowledge.shapes.targets import adapter_parameters
@@ -95,7 +95,6 @@ def test_what_is_written_down_twice_is_the_same() -> None:
     assert memory.DRAWN_TOGETHER == ppo.DRAWN_TOGETHER
     assert set(LOSSES_OF["dpo"]) == {"auto", *re.findall(r'loss_type == "(\w+)"', getsource(DPOTrainer))} - {"sft"}
     assert (preference_rules.LENGTH_RATIO, preference_rules.KTO_BALANCE) == (preferences.LENGTH_RATIO, preferences.KTO_BALANCE)
-    assert RunConfig().training.learning_rate == DEFAULT_RATE
     known = {key for key, *_ in settings()}
     assert set(preference_rules.READ_BY) <= known
     assert {key for key in known if key.startswith(("preference.", "reinforcement."))} <= set(preference_rules.READ_BY)
@@ -323,17 +322,18 @@ def test_every_objective_has_a_plan_with_finite_figures(objective: str, kind: st
 
 
 @pytest.mark.parametrize("objective", sorted(OBJECTIVE_RATES))
-def test_the_default_rate_counts_as_not_chosen_and_any_other_is_kept(objective: str) -> None:
+def test_a_rate_is_chosen_where_none_is_named_and_a_named_one_is_kept(objective: str) -> None:
     full, adapter, why = OBJECTIVE_RATES[objective]
     for kind, rate in (("full", full), ("lora", adapter), ("qlora", adapter)):
         found = resolve_on(config(objective, kind), "cpu", bf16=True)
         said = [decision for decision in found.decisions if decision.setting == "training.learning_rate"]
         assert found.learning_rate == rate and len(said) == 1 and why in said[0].reason and said[0].warning is None
-        kept = resolve_on(config(objective, kind, training__learning_rate=1.5e-4), "cpu", bf16=True)
-        assert kept.learning_rate == 1.5e-4 and not any(d.setting == "training.learning_rate" for d in kept.decisions)
+        for named in (1.5e-4, *([2e-4] if kind != "full" else [])):
+            kept = resolve_on(config(objective, kind, training__learning_rate=named), "cpu", bf16=True)
+            assert kept.learning_rate == named and not any(d.setting == "training.learning_rate" for d in kept.decisions)
     lowered = resolve_on(config(objective, "full", training__learning_rate=3e-4), "cpu", bf16=True)
     assert lowered.learning_rate == full
-    assert resolve_on(config(objective, "ia3"), "cpu", bf16=True).learning_rate == DEFAULT_RATE
+    assert resolve_on(config(objective, "ia3"), "cpu", bf16=True).learning_rate == METHOD_RATES["ia3"][0]
     assert learning_rate("lora", 10**9, objective).value == adapter and epochs(None, objective).value == 1
 
 
@@ -418,4 +418,4 @@ def test_a_rising_loss_asks_for_half_the_rate_and_a_standing_one_for_other_data(
 )
 def test_odd_metrics_give_no_advice(metrics: dict[str, Any]) -> None:
     assert after_failure(config("sft"), metrics) == []
-    assert value_of(config("sft"), "training.learning_rate") == 2e-4
+    assert value_of(config("sft"), "training.epochs") == 3

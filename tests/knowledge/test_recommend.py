@@ -654,6 +654,19 @@ def test_few_examples_belong_into_a_prompt(examples: int, verdict: str) -> None:
     assert f"{examples:,} example" in advice.reasons[0].text and advice.reasons[0].source
 
 
+@pytest.mark.parametrize(("examples", "said"), [(1, "1 pair:"), (30, "30 pairs:"), (200, "200 pairs:")])
+def test_pairs_are_called_pairs(examples: int, said: str) -> None:
+    data = DataFacts(examples, eval_examples=10, form="pair")
+    assert whether_to_tune(data, CONFIG).reasons[0].text.startswith(said)
+    findings = {
+        finding.code: finding for finding in check(Situation(build_config({"training": {"objective": "dpo"}})[0], data=data))
+    }
+    if examples < 50:
+        found = findings["FEW_EXAMPLES"]
+        assert found.found == said.rstrip(":") and "50 pairs" in found.why and "chosen answers" in found.why
+    assert findings["EVAL_TOO_SMALL"].found == "10 held-out pairs"
+
+
 def test_duplicates_do_not_count() -> None:
     advice = whether_to_tune(DataFacts(1_000, duplicate_share=0.97), CONFIG)
     assert advice.verdict == "try_first" and "30 different examples" in advice.reasons[0].text

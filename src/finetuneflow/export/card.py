@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,7 +57,7 @@ def _front_matter(record: RunRecord, files_kind: str) -> list[str]:
 def base_name(record: RunRecord) -> str:
     """The base model as others know it, on one line: its hub id, or the last part of a local folder (not the path to it)."""
     base = record.config.model.base
-    folder = Path(base).expanduser()
+    folder = Path(os.path.expanduser(base))
     name = folder.name if folder.is_absolute() or folder.is_dir() else base
     return " ".join(visible(name).split())
 
@@ -78,7 +79,7 @@ def _base_cards(base: str) -> Iterable[Path]:
     if base == "starter":
         yield Path(__file__).parents[1] / "models/starter/README.md"
         return
-    folder = Path(base).expanduser()
+    folder = Path(os.path.expanduser(base))
     if folder.is_dir():
         yield folder / "README.md"
         return
@@ -157,7 +158,7 @@ def _own_architecture(record: RunRecord) -> tuple[list[str], list[str]]:
 def base_model_type(base: str) -> str | None:
     """What the base's config.json says, where it lies on this disk."""
     try:
-        config = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(os.path.expanduser(base)) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     found = config.get("model_type") if isinstance(config, dict) else None
@@ -243,9 +244,7 @@ def _check(check: Check, record: RunRecord, files_kind: str) -> list[str]:
     lines = [
         "## Check of these files",
         "",
-        f"Loaded again and compared with the trained model ({check.compared}) on {check.prompts} prompts, {check.positions:,} positions: "
-        f"largest logit difference {check.max_abs_diff:.2g}, error {check.error:.2g} of the logits' spread ({check.tolerance:.2g} allowed), "
-        f"same best token at {check.argmax_agreement:.1%} of positions, {check.same_texts} of {check.prompts} greedy texts identical.",
+        f"Loaded again and compared with the trained model ({check.compared}): {check.agreement}.",
     ]
     if record.config.method.kind == "qlora" and files_kind == "model":
         lines += [

@@ -27,6 +27,7 @@ from finetuneflow.workspace import read_json_object, write_atomic
 
 # Figures of an evaluation that are shown beside the loss, where an objective has them.
 SHOWN_FIGURES = ("accuracy", "reward", "kl")
+KL_NOTE = "kl is an estimate from drawn answers: where the divergence is small, it may come out below zero."
 TAKEN = {  # by a run from the one above it in a family tree
     "continue": "continues its adapter",
     "merge": "on the base with its adapter merged",
@@ -44,7 +45,8 @@ class Figure:
     after: float
 
     def __str__(self) -> str:
-        return f"{self.after:.4g}" if self.before is None else f"{self.before:.4g} → {self.after:.4g}"
+        text = f"{self.after:.4g}" if self.before is None else f"{self.before:.4g} → {self.after:.4g}"
+        return f"{text} nats" if self.name == "kl" else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +244,8 @@ def _stage_section(record: PipelineRecord) -> list[str]:
         lines.append("| " + " | ".join(cell(str(text)) for text in cells) + " |")
     if names:
         lines += ["", "Figures of evaluations: at the first one → of the weights that were kept."]
+    if "kl" in names:
+        lines[-1] += f" {KL_NOTE}"
     return lines
 
 

@@ -19,6 +19,8 @@ INK, GREY, GRID = "#1f2933", "#52606d", "#e4e7eb"
 TRAIN, EVAL = "#2563ab", "#c2410c"  # told apart by colour-blind readers, and by markers
 WIDTH_INCHES, HEIGHT_INCHES, DOTS_PER_INCH = 8.0, 4.5, 200
 
+FEW_POINTS = 12  # below, each logged value gets a mark: lines between so few say little by themselves
+
 Points = list[tuple[float, float]]
 
 
@@ -50,17 +52,18 @@ def draw_loss(record: RunRecord) -> bytes:
     return buffer.getvalue()
 
 
-PANELS = (  # of the figures a run logged, in this order, those that are drawn
-    ("accuracy",),
-    ("margin",),
-    ("reward",),
-    ("kl",),
-    ("logp_chosen", "logp_rejected"),
-    ("reward_chosen", "reward_rejected"),
-    ("response_length",),
-    ("entropy",),
-    ("clip_fraction",),
-    ("value_explained_variance",),
+# Of the figures a run logged, in this order, those that are drawn: names, title, unit.
+PANELS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("accuracy",), "accuracy", "share of pairs"),
+    (("margin",), "margin", "score, chosen less rejected"),
+    (("reward",), "reward", "reward"),
+    (("kl",), "divergence from the reference", "nats"),
+    (("logp_chosen", "logp_rejected"), "log-probability", "nats per answer"),
+    (("reward_chosen", "reward_rejected"), "score", "score"),
+    (("response_length",), "response length", "tokens"),
+    (("entropy",), "entropy", "nats per token"),
+    (("clip_fraction",), "clipped", "share of tokens"),
+    (("value_explained_variance",), "value head", "share of variance explained"),
 )
 MOST_PANELS, COLUMNS = 6, 3
 
@@ -75,45 +78,56 @@ def draw_objective(record: RunRecord) -> bytes | None:
     import io
 
     logged = [{"step": line["step"], **line["metrics"]} for line in record.log_lines if isinstance(line.get("metrics"), dict)]
-    panels = [names for names in PANELS if any(points(logged, name) for name in names)][:MOST_PANELS]
+    panels = [panel for panel in PANELS if any(points(logged, name) for name in panel[0])][:MOST_PANELS]
     if not panels:
         return None
     rows = -(-len(panels) // COLUMNS)
-    columns = min(COLUMNS, len(panels))
+    columns = min(COLUMNS, -(-len(panels) // rows))
     figure = Figure(figsize=(3.6 * columns, 2.7 * rows + 0.5), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
         _plain(f"{record.name}: what {record.config.training.objective} did"), fontsize=12, fontweight="bold", color=INK
     )
-    for number, names in enumerate(panels, 1):
-        _draw_panel(figure.add_subplot(rows, columns, number), names, logged, record.eval_lines)
+    for number, panel in enumerate(panels, 1):
+        _draw_panel(figure.add_subplot(rows, columns, number), panel, logged, record.eval_lines)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "FineTuneFlow"})
     return buffer.getvalue()
 
 
-def _draw_panel(axes: Any, names: tuple[str, ...], logged: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> None:
+def _draw_panel(
+    axes: Any, panel: tuple[tuple[str, ...], str, str], logged: list[dict[str, Any]], evaluated: list[dict[str, Any]]
+) -> None:
     """One figure (or a chosen and a rejected one) over the steps: solid as trained, dashed squares as held out."""
+    names, title, unit = panel
     for name, colour in zip(names, (TRAIN, EVAL), strict=False):
-        label = name.rsplit("_", 1)[-1] if len(names) > 1 else "training"
-        if values := points(logged, name):
-            axes.plot(*zip(*values, strict=True), color=colour, linewidth=1.6, label=label)
+        side = name.rsplit("_", 1)[-1] if len(names) > 1 else ""
+        _draw_logged(axes, points(logged, name), colour, side or "training")
         if held := points(evaluated, f"eval_{name}"):
-            axes.plot(*zip(*held, strict=True), color=colour if len(names) > 1 else EVAL, linestyle=(0, (4, 2)), marker="s",
-                      markersize=4, linewidth=1.2, label="held out" if len(names) == 1 else None)  # fmt: skip
-    title = (
-        names[0].replace("_", " ") if len(names) == 1 else names[0].rsplit("_", 1)[0].replace("_", " ") + ", chosen and rejected"
-    )
-    axes.set_title(
-        title.replace("logp", "log-probability").replace("kl", "divergence (nats)"), fontsize=10, loc="left", color=INK
-    )
+            axes.plot(*zip(*held, strict=True), color=colour if side else EVAL, linestyle=(0, (4, 2)), marker="s",
+                      markersize=4, linewidth=1.2, label=f"{side}, held out" if side else "held out")  # fmt: skip
+    axes.set_title(title, fontsize=10, loc="left", color=INK)
+    axes.set_ylabel(unit, fontsize=8.5, color=GREY)
+    _dress_axes(axes, label="step", ticks=5, size=8)
+    axes.set_xlim(left=0)  # a run of one step has no width of its own
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _dress_axes(axes: Any, *, label: str, ticks: int, size: float) -> None:
+    """Steps in whole numbers below, a light grid, and no more lines than that."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlabel(label, fontsize=size + 1, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=GREY, labelsize=8, length=0)
+    axes.tick_params(colors=GREY, labelsize=size, length=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#9aa5b1")
 
 
 def points(lines: Sequence[dict[str, Any]], key: str) -> Points:
@@ -149,13 +163,19 @@ def _local_fit(np: Any, steps: Any, losses: Any, step: float, width: float) -> f
 
 
 def _draw_train(axes: Any, train: Points) -> None:
-    if not train:
+    few = len(train) < FEW_POINTS
+    _draw_logged(axes, train, TRAIN, "train loss" if few else "train loss, smoothed", raw_label="train loss, as logged")
+
+
+def _draw_logged(axes: Any, values: Points, colour: str, label: str, *, raw_label: str | None = None) -> None:
+    """A line with a mark at each value; of many values, a smooth line with what was logged behind it."""
+    if not values:
         return
-    few = len(train) < 12
-    axes.plot(*zip(*train, strict=True), color=TRAIN, alpha=1.0 if few else 0.28, linewidth=1.6 if few else 1.0,
-              marker="o" if few else None, markersize=3.5, label="train loss" if few else "train loss, as logged")  # fmt: skip
-    if not few:
-        axes.plot(*zip(*smooth(train), strict=True), color=TRAIN, linewidth=2.2, label="train loss, smoothed")
+    if len(values) < FEW_POINTS:
+        axes.plot(*zip(*values, strict=True), color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
+        return
+    axes.plot(*zip(*values, strict=True), color=colour, alpha=0.28, linewidth=1.0, label=raw_label)
+    axes.plot(*zip(*smooth(values), strict=True), color=colour, linewidth=2.2, label=label)
 
 
 def _draw_evaluations(axes: Any, evaluations: Points, record: RunRecord) -> None:
@@ -179,23 +199,12 @@ def _draw_evaluations(axes: Any, evaluations: Points, record: RunRecord) -> None
 
 def _dress(axes: Any, record: RunRecord, train: Points, evaluations: Points) -> None:
     """Axes, title, legend and the message where there is nothing to draw."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     base = Path(record.config.model.base).name or record.config.model.base
     axes.set_title(_plain(f"Loss of {record.name}"), loc="left", fontsize=13, fontweight="bold", color=INK, pad=24)
     axes.text(0, 1.025, _plain(f"{record.method} on {base}"), transform=axes.transAxes, fontsize=10, color=GREY)
-    axes.set_xlabel("optimizer step", fontsize=10.5, color=INK)
+    _dress_axes(axes, label="optimizer step", ticks=9, size=9.5)
     supervised = record.config.training.objective in ("sft", "pretrain")
     axes.set_ylabel("loss (nats per supervised token)" if supervised else "loss", fontsize=10.5, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.grid(True, color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=GREY, labelsize=9.5, length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#9aa5b1")
     if train or evaluations:
         _set_limits(axes, train, evaluations)
         axes.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="upper right")

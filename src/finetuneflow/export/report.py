@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from finetuneflow.events import read_events
 from finetuneflow.export.pipeline_report import family_tree
@@ -10,6 +12,8 @@ from finetuneflow.export.record import OBJECTIVE_NAMES, RunRecord, Sample, read_
 from finetuneflow.export.redact import Redactor
 from finetuneflow.export.text import cell, duration, figure, inline, rate, size
 from finetuneflow.knowledge.outcome import compare
+from finetuneflow.knowledge.resolve import resolve_on
+from finetuneflow.knowledge.values import many
 from finetuneflow.training.lineage import read_lineage
 from finetuneflow.training.watch import CONCERNS, METRICS
 from finetuneflow.workspace import write_atomic
@@ -48,11 +52,14 @@ def _project(record: RunRecord) -> list[str]:
 
 
 def _dataset(record: RunRecord) -> list[str]:
+    """What it was trained on, and what of the files was left out or may mislead."""
+    sides = " (both sides)" if record.data.get("form") == "pair" else ""
     return [
         "## Dataset",
         f"- Train examples: {figure(record.data.get('train_examples'))}",
         f"- Eval examples: {figure(record.data.get('eval_examples'))}",
-        f"- Avg tokens per example: {figure(record.data.get('avg_tokens'), 1)}",
+        f"- Avg tokens per example{sides}: {figure(record.data.get('avg_tokens'), 1)}",
+        *_warnings(record.data.get("warnings") or ()),
     ]
 
 
@@ -61,7 +68,7 @@ def _configuration(record: RunRecord) -> list[str]:
     return [
         "## Training Configuration",
         f"- Method: {record.method}",
-        f"- Epochs: {training.epochs:g}" + (f" (at most {training.max_steps:,} steps)" if training.max_steps else ""),
+        f"- Epochs: {training.epochs:g}" + (f" (at most {many(training.max_steps, 'step')})" if training.max_steps else ""),
         f"- Learning rate: {rate(used_learning_rate(record))}",
         f"- LoRA rank: {adapter_size(record)}",
         f"- Max sequence length: {record.config.data.max_length:,}",
@@ -73,7 +80,7 @@ def used_learning_rate(record: RunRecord) -> float:
     """The peak rate that was used: full fine-tuning may have lowered the one in the run file."""
     setup = record.environment.get("setup", record.environment)
     used = setup.get("learning_rate") if isinstance(setup, dict) else None
-    return float(used) if isinstance(used, int | float) else record.config.training.learning_rate
+    return float(used) if isinstance(used, int | float) else resolve_on(record.config, "cpu", bf16=False).learning_rate
 
 
 def adapter_size(record: RunRecord) -> str:
@@ -120,14 +127,12 @@ def _objective(record: RunRecord) -> list[str]:
         "| figure | first | last | held out | meaning |",
         "|---|---|---|---|---|",
         *rows,
-        *_named_warnings(record),
+        *_warnings(event for event in read_events(record.run_dir / "events.jsonl") if event.get("code") in CONCERNS),
     ]
 
 
-def _named_warnings(record: RunRecord) -> list[str]:
-    """What the run warned of while it learned."""
-    said = [event for event in read_events(record.run_dir / "events.jsonl") if event.get("code") in CONCERNS]
-    lines = [f"- {event['code']}: {inline(str(event['message']))} {inline(str(event['advice']))}" for event in said]
+def _warnings(said: Iterable[Mapping[str, Any]]) -> list[str]:
+    lines = [f"- {inline(w['code'])}: {inline(w['message'])} {inline(w['advice'])}" for w in said]
     return ["", "Warnings:", "", *lines] if lines else []
 
 

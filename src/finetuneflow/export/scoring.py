@@ -17,6 +17,7 @@ from finetuneflow.export.record import RunRecord, require_weights
 from finetuneflow.export.redact import Redactor
 from finetuneflow.export.trained import base_weights, release_memory
 from finetuneflow.export.verify import EXACT_TOLERANCE, QUESTIONS, Check, Dtype, tolerance_for
+from finetuneflow.knowledge.situation import many
 from finetuneflow.workspace import require_free_bytes, write_json
 
 HELD_OUT_PAIRS = 8
@@ -108,7 +109,7 @@ def _judge(expected: Sequence[float], found: Sequence[float], tolerance: float, 
     problems = (
         [f"its scores are off by {error:.2g} of their spread; {tolerance:.2g} is allowed"] if not error <= tolerance else []
     )
-    problems += [f"it ranks {orders.count(False)} pairs the other way round"] if not all(orders) else []
+    problems += [f"it ranks {many(orders.count(False), 'pair')} the other way round"] if not all(orders) else []
     return Check(
         passed=not problems,
         compared=compared,
@@ -121,4 +122,5 @@ def _judge(expected: Sequence[float], found: Sequence[float], tolerance: float, 
         argmax_agreement=sum(orders) / len(orders) if orders else 1.0,
         same_texts=count,
         problems=tuple(problems),
+        of_scores=True,
     )

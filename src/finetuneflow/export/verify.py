@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from finetuneflow.data.examples import Message
 from finetuneflow.errors import ExportError
+from finetuneflow.knowledge.situation import many
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # how merged weights are stored; "auto": as the base's own files
 EXACT_TOLERANCE = 1e-4
@@ -50,7 +51,11 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The outcome, for manifest, card and terminal. Errors are relative (see the module text)."""
+    """The outcome, for manifest, card and terminal. Errors are relative (see the module text).
+
+    Of a reward model scores are compared (`of_scores`): `prompts` are conversations, and `argmax_agreement` is the share of pairs
+    that both put into the same order.
+    """
 
     passed: bool
     compared: str
@@ -63,6 +68,18 @@ class Check:
     argmax_agreement: float
     same_texts: int
     problems: tuple[str, ...] = ()
+    of_scores: bool = False
+
+    @property
+    def agreement(self) -> str:
+        """How well both agree, in words."""
+        what = (
+            f"{many(self.prompts, 'conversation')} scored, {self.argmax_agreement:.1%} of their pairs in the same order, largest score"
+            if self.of_scores
+            else f"{self.same_texts} of {many(self.prompts, 'greedy text')} the same, the best token too at {self.argmax_agreement:.1%} of "
+            f"{many(self.positions, 'position')}, largest logit"
+        )
+        return f"{what} difference {self.max_abs_diff:.2g} (relative error {self.error:.2g}, allowed {self.tolerance:.2g})"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -229,7 +246,7 @@ def _problems(found: Any, error: float, tolerance: float, effect: float | None, 
     if effect is not None and error > max(0.5 * effect, SMALLEST_EFFECT):
         problems.append(f"its error {error:.2g} is more than half of what training changed ({effect:.2g})")
     if wrong:
-        problems.append(f"it chooses another token at {wrong} positions where the trained model is certain")
+        problems.append(f"it chooses another token at {many(wrong, 'position')} where the trained model is certain")
     return problems
 
 

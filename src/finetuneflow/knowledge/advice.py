@@ -17,7 +17,7 @@ from typing import Any, Literal
 from finetuneflow.config import RunConfig
 from finetuneflow.errors import ConfigError
 from finetuneflow.knowledge.resolve import resolve_on
-from finetuneflow.knowledge.values import DataFacts
+from finetuneflow.knowledge.values import DataFacts, many
 
 # What somebody wants from a tuned model.
 GOALS = {
@@ -124,8 +124,8 @@ def _by_goal(goal: str | None, config: RunConfig) -> tuple[list[Reason], list[st
 def _by_size(data: DataFacts) -> tuple[list[Reason], bool]:
     """Reasons from the number of different examples, and whether they would better go into a prompt."""
     distinct = round(data.examples * (1 - min(max(data.duplicate_share or 0.0, 0.0), 1.0)))
-    different = " different" if distinct != data.examples else ""
-    number = f"{distinct:,}{different} example{'' if distinct == 1 else 's'}"
+    different = "different " if distinct != data.examples else ""
+    number = many(distinct, f"{different}{data.noun}")
     reasons = []
     if distinct < LEAST_EXAMPLES:
         reasons.append(
@@ -143,9 +143,7 @@ def _by_size(data: DataFacts) -> tuple[list[Reason], bool]:
             )
         )
     elif distinct < CURATED_EXAMPLES:
-        text = (
-            f"{number}: enough for a style or a task. {CURATED_EXAMPLES:,} carefully chosen ones taught a 65B model to converse."
-        )
+        text = f"{number}: enough for a style or a task. {CURATED_EXAMPLES:,} carefully chosen examples taught a 65B model to converse."
         reasons.append(Reason(text, _LIMA, against=False))
     if data.eval_examples == 0:
         text = "Nothing is held out: whether the tuned model is better could not be shown. Set data.eval or data.eval_fraction."

@@ -1,7 +1,7 @@
 """Why a run failed, and what to do about it: from its error code, output and exit status to a cause and ranked remedies.
 
     diagnose       a failed run -> `Diagnosis`; memory remedies are computed for this run where a prediction is at hand
-    explain_code   the page of an error code or of a rule of the linter
+    explain_code   the page of an error code, of a warning of a run or of a rule of the linter
 
 The cases are data (`causes.yaml`), as are the sentences on what to do (`error_help.yaml`). The output of a run is foreign
 text: it is cut to its beginning and end, stripped of terminal sequences, and searched with bounded patterns only.
@@ -24,6 +24,7 @@ from finetuneflow.errors import CODES, ConfigError
 from finetuneflow.knowledge import remedies
 from finetuneflow.knowledge.memory import Estimate
 from finetuneflow.knowledge.remedies import MemoryFigures, Remedy, WhatIf
+from finetuneflow.knowledge.run_warnings import WARNINGS
 from finetuneflow.knowledge.values import Machine
 
 __all__ = ["Diagnosis", "MemoryFigures", "Remedy", "diagnose", "explain_code"]
@@ -308,18 +309,20 @@ def what_to_do(code: str) -> str:
 
 
 def explain_code(code: str) -> str:
-    """The page of a rule of the linter, or of an error code. Raises `ConfigError` (CONFIG_INVALID_VALUE) naming near ones."""
+    """The page of a rule of the linter, an error code or a warning. Raises `ConfigError` (CONFIG_INVALID_VALUE) naming near ones."""
     wanted = code.strip().upper() if len(code) <= 200 else ""
     if wanted in CODES:
         return _error_page(wanted)
+    if wanted in WARNINGS:
+        return f"{wanted}: {WARNINGS[wanted].meaning}\n\nWhat to do: {WARNINGS[wanted].advice}"
     rules = _rule_names()
     if wanted in rules:
         return (resources.files("finetuneflow.knowledge") / "rules" / f"{wanted}.md").read_text(encoding="utf-8")
-    near = difflib.get_close_matches(wanted, [*CODES, *rules], n=3, cutoff=0.4)
+    near = difflib.get_close_matches(wanted, [*CODES, *WARNINGS, *rules], n=3, cutoff=0.4)
     raise ConfigError(
         "CONFIG_INVALID_VALUE",
-        f"There is no error code or rule {_presentable(clean(code))[:60]!r}.",
-        remedy=f"Near it: {', '.join(near)}." if near else "`ftf lint` and error messages name the codes.",
+        f"There is no error code, warning or rule {_presentable(clean(code))[:60]!r}.",
+        remedy=f"Near it: {', '.join(near)}." if near else "`ftf lint`, warnings and error messages name the codes.",
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetuneflow.config import RunConfig
-from finetuneflow.knowledge.resolve import objective_rate
+from finetuneflow.knowledge.resolve import METHOD_RATES, objective_rate
 from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.values import DataFacts
 
@@ -37,20 +37,13 @@ ADAPTER_RATES = (
     (20e9, 2e-4, "the documented rate for adapters; the QLoRA paper used it to 13B"),
     (math.inf, 1e-4, "the QLoRA paper's rate for 33B and 65B"),
 )
-# IA3: T-Few (arXiv:2205.05638) 3e-3. Prefix: PEFT's examples 1e-2.
-OTHER_RATES = {
-    "ia3": Chosen(3e-3, "The rate of T-Few, the paper that introduced IA3."),
-    "prefix": Chosen(1e-2, "The rate of PEFT's examples: a short prefix needs large steps."),
-}
 
 
 def learning_rate(kind: str, num_parameters: int, objective: str = "sft") -> Chosen:
     """Peak rate for a method, a model size and an objective."""
-    own = objective_rate(objective, kind)
+    own = METHOD_RATES.get(kind) or objective_rate(objective, kind)
     if own is not None:
         return Chosen(own[0], f"{own[1][0].upper()}{own[1][1:]}.")
-    if kind in OTHER_RATES:
-        return OTHER_RATES[kind]
     rates = FULL_RATES if kind == "full" else ADAPTER_RATES
     rate, source = next((rate, source) for below, rate, source in rates if num_parameters < below)
     whose = "Full fine-tuning" if kind == "full" else "An adapter on a model"

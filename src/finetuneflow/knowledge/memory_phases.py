@@ -281,8 +281,9 @@ def _fixed(parts: Parts, shares: int) -> dict[str, int]:
     pages = 0
     if method.kind != "full" and parts.resolved.device == "cpu":
         # Embeddings are read in place, so the mapped file stays resident with what was packed (4 bits) or fused (experts) from it.
+        # Of a file of another type everything is converted, and nothing holds it any more.
         copied = [t for t in parts.shape.linears if method.kind == "qlora" or t.part == "expert"]
-        pages = sum(t.num_parameters for t in copied) * TYPE_BYTES[storage]
+        pages = sum(t.num_parameters for t in copied) * TYPE_BYTES[storage] if _file_dtype(parts) == storage else 0
     sharded = {**weights, "adapters": adapters, "optimizer": ordinary, "optimizer_paged": paged, "file_pages": pages}
     sharded |= _beside(parts, sum(weights.values()))
     return {key: -(-value // shares) for key, value in sharded.items()} | {"runtime": _runtime(parts)}
@@ -312,13 +313,19 @@ def _runtime(parts: Parts) -> int:
 
 def _loading(parts: Parts, fixed: dict[str, int]) -> dict[str, int]:
     """Weights are read tensor by tensor; quantising has one layer in 16 bits beside the packed ones. On a CPU the mapped file is
-    resident beside the fp32 weights that are made from it (files hold 16 bits as a rule)."""
+    resident beside the weights of another type that are made from it."""
     kept = ("weights", "embeddings", "quantization_constants", "adapters", "file_pages", "reference", "runtime")
     largest = max((t.inputs * t.outputs for t in parts.shape.linears), default=0)
     temporary = largest * TYPE_BYTES[parts.resolved.storage_dtype] if parts.run.kind == "qlora" else 0
-    if parts.resolved.device == "cpu" and parts.resolved.storage_dtype == "float32":
-        temporary = 2 * parts.shape.num_parameters
+    if parts.resolved.device == "cpu" and _file_dtype(parts) != parts.resolved.storage_dtype:
+        temporary += TYPE_BYTES[_file_dtype(parts)] * parts.shape.num_parameters
     return {key: fixed[key] for key in kept} | {"temporary": temporary}
+
+
+def _file_dtype(parts: Parts) -> str:
+    """The type of the weights in the file; where it is not known, 16 bits, which can be read in place if they are wanted."""
+    wanted = parts.resolved.storage_dtype
+    return parts.shape.stored_dtype or ("bfloat16" if wanted == "float32" else wanted)
 
 
 def _step(parts: Parts, shares: int, strategy: Strategy) -> dict[str, int]:

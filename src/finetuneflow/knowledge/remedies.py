@@ -18,7 +18,7 @@ from finetuneflow.errors import FineTuneFlowError
 from finetuneflow.knowledge.criteria import ADAPTER_RATES, RATES, rate_text
 from finetuneflow.knowledge.memory import Estimate
 from finetuneflow.knowledge.objectives import least_batch, traits_of
-from finetuneflow.knowledge.resolve import objective_rate
+from finetuneflow.knowledge.resolve import objective_rate, resolve_on
 from finetuneflow.knowledge.values import GB, Machine
 
 WhatIf = Callable[[dict[str, Any]], int]
@@ -358,7 +358,7 @@ def for_non_finite(config: RunConfig | None, machine: Machine | None) -> tuple[R
 
 
 def _lower_rate(config: RunConfig) -> Remedy:
-    rate, kind = config.training.learning_rate, config.method.kind
+    rate, kind = resolve_on(config, "cpu", bf16=False).learning_rate, config.method.kind  # the same on every device
     high = max(band[1] for _, band in RATES) if kind == "full" else ADAPTER_RATES[kind][0][1]
     lower = high if rate > 2 * high else float(f"{rate / 10:.2g}")
     why = f"{rate_text(rate)} is above the {rate_text(high)} advised for {kind}" if rate > high else "a tenth is a good try"

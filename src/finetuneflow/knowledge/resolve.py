@@ -9,16 +9,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from finetuneflow.config import RunConfig, Training
+from finetuneflow.config import RunConfig
 from finetuneflow.knowledge.values import Machine
 
-# Learning rates that suit adapters wreck full fine-tuning. The documented rule: from 2e-4 on, 2e-5 is used instead.
-ADAPTER_SIZED_RATE = 2e-4
+# The documented rate of supervised adapters. Rates of that size wreck full fine-tuning: from 2e-4 on, 2e-5 is used instead.
+ADAPTER_RATE = 2e-4
 FULL_RATE = 2e-5
-
-# Rates of the other objectives: (full fine-tuning, low-rank adapters, whose). The run file's default, `DEFAULT_RATE`, suits
-# supervised adapters alone and counts as not chosen here.
-DEFAULT_RATE = float(Training.model_fields["learning_rate"].default)
+# Methods whose few parameters need larger steps, whatever the objective.
+METHOD_RATES = {
+    "ia3": (3e-3, "the rate of T-Few, the paper that introduced IA3"),
+    "prefix": (1e-2, "the rate of PEFT's examples: a short prefix needs large steps"),
+}
+# Rates of the other objectives: (full fine-tuning, low-rank adapters, whose).
 _FIELD = "adapters take ten times that, as in the alignment handbook's DPO recipes (5e-6)"
 _REWARDS = "TRL's default for GRPO and RLOO; the Llama 2 report used it for PPO; adapters take ten times that"
 OBJECTIVE_RATES: dict[str, tuple[float, float, str]] = {
@@ -168,36 +170,38 @@ def _choose_checkpointing(config: RunConfig, device: str, decisions: list[Decisi
 
 
 def objective_rate(objective: str, kind: str) -> tuple[float, str] | None:
-    """(rate, why) for an objective and a method; None where the run file's own default is meant for it."""
-    if objective not in OBJECTIVE_RATES or kind in ("ia3", "prefix"):  # those few parameters need large steps everywhere
+    """(rate, why) for an objective that has rates of its own, and a method; None where supervised rates hold."""
+    if objective not in OBJECTIVE_RATES or kind in METHOD_RATES:
         return None
     full, adapter, why = OBJECTIVE_RATES[objective]
     return (full if kind == "full" else adapter), why
 
 
+def usual_rate(objective: str, kind: str, *, fresh: bool = False) -> tuple[float, str]:
+    """(rate, why) where none is named. `fresh`: random weights have nothing to forget and take a rate of pre-training."""
+    own = METHOD_RATES.get(kind) or objective_rate(objective, kind)
+    if own is not None:
+        return own
+    if kind == "full":
+        return (ADAPTER_RATE, "a rate for weights that start at random") if fresh else (FULL_RATE, "Alpaca's and Vicuna's")
+    return ADAPTER_RATE, "the documented rate for adapters; the QLoRA paper used it to 13B"
+
+
 def _choose_rate(config: RunConfig, decisions: list[Decision], *, fresh: bool) -> float:
-    rate, objective = config.training.learning_rate, config.training.objective
-    own = objective_rate(objective, config.method.kind)
-    if own is not None and rate == DEFAULT_RATE:
+    rate, objective, kind = config.training.learning_rate, config.training.objective, config.method.kind
+    usual, why = usual_rate(objective, kind, fresh=fresh)
+    if rate is None:
+        decisions.append(Decision("training.learning_rate", usual, f"Usual for {objective} with method {kind}: {why}."))
+        return usual
+    if kind == "full" and rate >= ADAPTER_RATE and not fresh:
         decisions.append(
             Decision(
                 "training.learning_rate",
-                own[0],
-                f"{DEFAULT_RATE:g}, the default, is a rate for supervised adapters and counts as not chosen; {objective} with "
-                f"{config.method.kind} uses {own[0]:g}: {own[1]}. Any other value is taken as it is.",
-            )
-        )
-        return own[0]
-    if config.method.kind == "full" and rate >= ADAPTER_SIZED_RATE and not fresh:
-        lower = own[0] if own is not None else FULL_RATE
-        decisions.append(
-            Decision(
-                "training.learning_rate",
-                lower,
-                f"{rate:g} is a learning rate for adapters; full fine-tuning with it forgets what the model knew, so {lower:g} is used.",
+                usual,
+                f"{rate:g} is a learning rate for adapters; full fine-tuning with it forgets what the model knew, so {usual:g} is used.",
                 warning="LEARNING_RATE_LOWERED",
-                advice=f"Set training.learning_rate yourself: a value below {ADAPTER_SIZED_RATE:g} is taken as it is.",
+                advice=f"A value below {ADAPTER_RATE:g} is taken as it is.",
             )
         )
-        return lower
+        return usual
     return rate

@@ -25,6 +25,7 @@ from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.shapes.targets import adapter_parameters
 from finetuneflow.knowledge.steps import steps_of
 from finetuneflow.knowledge.values import DataFacts, Machine, ModelFacts
+from finetuneflow.knowledge.values import many as many
 
 Level = Literal["error", "warning", "advice"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "advice")
@@ -292,11 +293,6 @@ def with_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def many(number: float, noun: str) -> str:
-    """1 token, 2,000 tokens."""
-    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
 
 
 def count(value: float) -> str:

@@ -13,6 +13,11 @@ DeviceKind = Literal["cuda", "rocm", "mps", "cpu"]
 GB = 1_000_000_000
 
 
+def many(number: float, noun: str) -> str:
+    """1 token, 2,000 tokens."""
+    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """One accelerator, or the processor: what memory, time and cost are computed for.
@@ -91,6 +96,11 @@ class DataFacts:
     answer_percentiles: tuple[int, ...] = ()
     length_ratio: float | None = None
     good_share: float | None = None
+
+    @property
+    def noun(self) -> str:
+        """What one of its examples is called."""
+        return {"pair": "pair", "rated": "rated answer", "prompt": "prompt"}.get(self.form, "example")
 
     def share_above(self, num_tokens: int) -> float | None:
         """Share of examples longer than `num_tokens`, to the percent; None where lengths are not known."""

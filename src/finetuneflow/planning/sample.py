@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from finetuneflow.config import Data
-from finetuneflow.data.examples import Example, Message, Problem, endings_of, prompt_of, to_examples
+from finetuneflow.data.examples import Example, Message, Problem, endings_of, for_other_objectives, prompt_of, to_examples
 from finetuneflow.data.examples import Mapping as Columns
 from finetuneflow.data.forms import KINDS, Form, reference_answer
 from finetuneflow.data.preferences import SET_ASIDE, FormReader, Pairing
@@ -23,7 +23,7 @@ from finetuneflow.data.similarity import exact_key
 from finetuneflow.data.sources import Row, read_rows, sniff
 from finetuneflow.data.streams import BLOCK_BYTES
 from finetuneflow.errors import DataError
-from finetuneflow.knowledge.values import DataFacts
+from finetuneflow.knowledge.values import DataFacts, many
 
 SAMPLE_SECONDS = 0.15
 SAMPLE_ROWS = 100  # of each file are read however long it takes
@@ -53,6 +53,7 @@ class _Part:
     rejected: int = 0
     unsuited: Counter[str] = field(default_factory=Counter)
     share: float = 1.0
+    hint: str = ""  # of the first row that was rejected
 
     def in_all(self, count: int) -> int:
         """A number of the part, for the whole file."""
@@ -93,7 +94,8 @@ class _Sample:
 def look_at_data(
     data: Data, tokenizer: Any = None, *, supervise: str | None = None, seed: int = 42, form: Form = "supervised"
 ) -> tuple[DataFacts | None, tuple[str, ...]]:
-    """Figures of a run's training data from a sample, and notes on what was assumed; None where no file is named.
+    """Figures of a run's training data, replayed examples among them, from a sample, and notes on what was assumed; None
+    where no file is named.
 
     `tokenizer`: of the `tokenizers` library; without one, lengths come from characters. `supervise`: what enters the
     loss, where it is not what `data` says. `seed`: of the split. `form`: what the objective makes of an example; only those
@@ -107,24 +109,38 @@ def look_at_data(
     examples = train.examples
     unsuited: Counter[str] = sum((part.unsuited for part in train.parts), Counter())
     rejected = sum(part.in_all(part.rejected) for part in train.parts)
-    kinds = " and ".join(f"{count:,} {kind}" for kind, count in sorted(unsuited.items()))
+    others, objective = for_other_objectives(unsuited)
     if not examples:
         raise DataError(
             "DATASET_NOTHING_USABLE",
-            f"No example can be used{_WANTED[form]} in what was read of {', '.join(data.train)} ({rejected:,} rows rejected"
-            + (f", {kinds} examples are for other objectives)." if kinds else ")."),
-            remedy=f"See why: ftf data check {data.train[0]}",
+            f"No example can be used{_WANTED[form]} in what was read of {', '.join(data.train)} ({many(rejected, 'row')} rejected"
+            + (f", {others})." if others else ")."),
+            remedy=f"{objective}{''.join(part.hint for part in train.parts[:1])}See why: ftf data check {data.train[0]}",
         )
     num_train, num_eval = _divided(train, held_out, data, seed, form)
     lengths = _lengths(train, tokenizer, supervise or data.supervise, form)
     notes: tuple[str, ...] = ()
+    if data.replay and form == "supervised":
+        from finetuneflow.data.prepare import replay_count
+
+        general = _sample(data.replay, data.model_copy(update={"limit": None, "mapping": {}}), SAMPLE_SECONDS / 3, form)
+        replayed = min(replay_count(num_train, data.replay_share), general.estimated_examples)
+        lengths = lengths.mixed(_lengths(general, tokenizer, supervise or data.supervise, form), replayed / num_train)
+        num_train += replayed
+        notes = (f"Of the examples, {replayed:,} are replayed ones (data.replay).",)
     if tokenizer is None:
-        notes = (f"Tokens are estimated from characters ({CHARS_PER_TOKEN:g} per token); `ftf data check --model` counts them.",)
+        notes = (
+            *notes,
+            f"Tokens are estimated from characters ({CHARS_PER_TOKEN:g} per token); `ftf data check --model` counts them.",
+        )
     if not train.is_whole:
         share = len(examples) / max(sum(part.in_all(len(part.examples)) for part in train.parts), 1)
-        notes = (*notes, f"{len(examples):,} examples were read, {_percent(share)} of the files; the number of all is estimated.")
-    if kinds:
-        notes = (*notes, f"{kinds} examples are for other objectives and are left out.")
+        notes = (
+            *notes,
+            f"{many(len(examples), 'example')} read, {_percent(share)} of the files; the number of all is estimated.",
+        )
+    if others:
+        notes = (*notes, f"Left out ({others}).")
     keys = {exact_key(example) for example in examples}
     shown = train.spread(SAMPLE_LENGTHS)
     return (
@@ -184,7 +200,7 @@ def _sample(names: Sequence[str], data: Data, seconds: float, form: Form) -> _Sa
             raise DataError(
                 "DATASET_NOT_FOUND",
                 f"There is no file {name!r}.",
-                where="data.train / data.eval",
+                where="data.train / data.eval / data.replay",
                 remedy="Check the spelling; the path counts from the folder the command runs in.",
             )
     found = _Sample((), data.limit)
@@ -205,6 +221,7 @@ def _sample_file(path: Path, data: Data, limit: int | None, seconds: float, form
     for item in FormReader(form, Pairing.of(data)).read(items):
         if isinstance(item, Problem):
             part.rejected += item.code not in SET_ASIDE
+            part.hint = part.hint or f"{item.hint} "
         elif item.kind in KINDS[form]:
             part.examples.append(item)
         else:
@@ -328,6 +345,11 @@ class _Lengths:
     def supervised_share(self) -> float:
         whole, own = (sum(side[place] for sides in self.sides for side in sides) for place in (0, 1))
         return min(1.0, own / max(whole, 1))
+
+    def mixed(self, other: _Lengths, share: float) -> _Lengths:
+        """With as many of the other's examples added, evenly chosen, as are `share` of its own."""
+        count = round(share * len(self.sides)) if other.sides else 0
+        return _Lengths([*self.sides, *(other.sides[index * len(other.sides) // count] for index in range(count))], self.form)
 
     def of_answers(self, form: Form) -> dict[str, Any]:
         """What `DataFacts` says of prompts and answers."""

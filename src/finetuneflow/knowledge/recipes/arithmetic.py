@@ -13,6 +13,7 @@ from typing import Any
 from finetuneflow.config import build_config
 from finetuneflow.knowledge.objectives import rows_per_step
 from finetuneflow.knowledge.recipes.schema import Figures, Phase, Span, load_recipe, number_text, plain, recipe_names
+from finetuneflow.knowledge.resolve import usual_rate
 
 MOST_EPOCHS = 5  # the recipe document's own rule of thumb: 2 to 5 epochs
 NOTABLE = 1.5  # two step counts that differ by this factor or more are said to differ
@@ -189,7 +190,8 @@ def recipe_tables() -> str:
         training = build_config(phase.settings)[0].training
         objective = phase.objective
         steps = f"{sums.recipe.steps_implied} steps" if sums.recipe.steps_implied else "-"
-        rate, batch = number_text(training.learning_rate), number_text(batch_of(phase))
+        rate = number_text(training.learning_rate or usual_rate(phase.objective, phase.method)[0])
+        batch = number_text(batch_of(phase))
         lines.append(f"| `{name}` | {objective} | {phase.method} | {rate} | {batch} | {number_text(training.epochs)} | {steps} |")
     lines += ["", "### What the documents say, and what follows", ""]
     lines.append(

@@ -228,11 +228,12 @@ def duplicate_examples(s: Situation, data: DataFacts) -> Hit | None:
 def few_examples(s: Situation, data: DataFacts) -> Hit | None:
     if data.examples >= FEW_EXAMPLES:
         return None
+    best = {"pair": "chosen answers", "rated": "answers"}.get(data.form, "of them")
+    what = "Write" if data.form == "prompt" else f"Put the best {best} into the prompt instead, or write"
     return Hit(
         "data.train",
-        f"{data.examples} examples",
-        f"Below {FEW_EXAMPLES} examples a model mostly learns their wording. Put the best of them into the prompt instead, or "
-        "write more: improvements usually show from 50 to 100 on.",
+        many(data.examples, data.noun),
+        f"Below {FEW_EXAMPLES} {data.noun}s a model mostly learns their wording. {what} more: improvements usually show from 50 to 100 on.",
     )
 
 
@@ -298,7 +299,7 @@ def eval_too_small(s: Situation, data: DataFacts) -> Hit | None:
         fix = {"data.eval_fraction": fraction}
     return Hit(
         "data.eval" if s.config.data.eval else "data.eval_fraction",
-        f"{held_out} held-out examples",
+        many(held_out, f"held-out {data.noun}"),
         f"The error of a mean falls with the square root of their number: {math.sqrt(1000 / held_out):.0f} times that of 1,000 "
         f"examples. Below {FEW_HELD_OUT} a single example decides which weights are best.",
         fix,

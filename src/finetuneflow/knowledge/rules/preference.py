@@ -6,7 +6,7 @@ from typing import Any
 
 from finetuneflow.config import LOSSES_OF
 from finetuneflow.knowledge.criteria import rate_text
-from finetuneflow.knowledge.resolve import DEFAULT_RATE, objective_rate
+from finetuneflow.knowledge.resolve import objective_rate
 from finetuneflow.knowledge.situation import Hit, Situation, percent, rule
 from finetuneflow.knowledge.values import DataFacts, ModelFacts
 
@@ -124,20 +124,6 @@ def high_for_objective(s: Situation) -> Hit | None:
         "little per example; large steps follow their noise, and answers fall apart before the figures show it.",
         {"training.learning_rate": usual[0]},
         safe=True,
-    )
-
-
-@rule("LR_DEFAULT_REPLACED", "advice", "A learning rate that counts as not chosen")
-def default_rate_replaced(s: Situation) -> Hit | None:
-    usual = objective_rate(s.config.training.objective, s.config.method.kind)
-    if usual is None or s.config.training.learning_rate != DEFAULT_RATE or not s.chosen("training.learning_rate"):
-        return None
-    return Hit(
-        "training.learning_rate",
-        f"{rate_text(DEFAULT_RATE)}, the default, for {s.config.training.objective}",
-        f"The default is meant for supervised adapters and counts as not chosen: {rate_text(usual[0])} is used, "
-        f"{DEFAULT_RATE / usual[0]:.0f} times less. Any other value is taken as it is.",
-        {"training.learning_rate": usual[0]},
     )
 
 

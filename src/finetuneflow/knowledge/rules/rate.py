@@ -6,15 +6,14 @@ import math
 from typing import Any
 
 from finetuneflow.knowledge.criteria import RATES, WARMUPS, band_at, rate_text
-from finetuneflow.knowledge.resolve import ADAPTER_SIZED_RATE, FULL_RATE
+from finetuneflow.knowledge.resolve import ADAPTER_RATE, FULL_RATE, METHOD_RATES
 from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.situation import LORA_KINDS, Hit, Situation, count, percent, rule
 
-LORA_RATE = 2e-4  # QLoRA (Dettmers et al. 2023), table 9: 7B and 13B
 LOWEST_LORA_RATE = 5e-5  # half of the lowest documented rate for adapters, 1e-4
 FORGETTING_RATE = 1e-4  # lesson 1: above it a full model forgets
 USELESS_RATE = 1e-6  # lesson 1: below it little changes
-IA3_RATE = 3e-3  # T-Few (Liu et al. 2022)
+IA3_RATE = METHOD_RATES["ia3"][0]
 TYPICAL_WEIGHT = 0.02  # `initializer_range` of GPT-2, Llama and most others
 
 # Pre-training rates by parameters: GPT-3 (Brown et al. 2020), table 2.1.
@@ -55,26 +54,24 @@ def mean_schedule(scheduler: str) -> float:
 
 @rule("LR_FULL_RATE_ON_ADAPTER", "warning", "An adapter with a learning rate meant for full fine-tuning")
 def full_rate_on_adapter(s: Situation) -> Hit | None:
-    rate = s.config.training.learning_rate
+    rate = s.rate
     if s.config.method.kind not in LORA_KINDS or rate >= LOWEST_LORA_RATE or s.traits.family != "supervised":
         return None
     return Hit(
         "training.learning_rate",
         f"{rate_text(rate)} with method {s.config.method.kind}",
-        f"Adapters start at zero and need 10 to 50 times the rate of full fine-tuning: {rate_text(LORA_RATE)} is "
-        f"{LORA_RATE / rate:.0f} times yours. The loss falls slowly or not at all.",
-        {"training.learning_rate": LORA_RATE},
+        f"Adapters start at zero and need 10 to 50 times the rate of full fine-tuning: {rate_text(ADAPTER_RATE)} is "
+        f"{ADAPTER_RATE / rate:.0f} times yours. The loss falls slowly or not at all.",
+        {"training.learning_rate": ADAPTER_RATE},
         safe=True,
     )
 
 
 @rule("LR_ADAPTER_RATE_ON_FULL", "warning", "Full fine-tuning with a learning rate meant for adapters")
 def adapter_rate_on_full(s: Situation) -> Hit | None:
-    rate = s.config.training.learning_rate
-    if s.traits.family != "supervised" or s.is_fresh:
+    rate = s.config.training.learning_rate  # as it was asked for: the run would lower it
+    if rate is None or rate < ADAPTER_RATE or s.config.method.kind != "full" or s.traits.family != "supervised" or s.is_fresh:
         return None
-    if s.config.method.kind != "full" or rate < ADAPTER_SIZED_RATE or not s.chosen("training.learning_rate"):
-        return None  # left at its default, the rate is lowered anyway, and the plan says so
     return Hit(
         "training.learning_rate",
         f"{rate_text(rate)} with method full",
@@ -87,8 +84,8 @@ def adapter_rate_on_full(s: Situation) -> Hit | None:
 
 @rule("LR_HIGH_FOR_FULL", "warning", "Full fine-tuning above the rate where models forget")
 def high_for_full(s: Situation) -> Hit | None:
-    config, rate = s.config, s.config.training.learning_rate
-    if config.method.kind != "full" or config.training.objective != "sft" or not FORGETTING_RATE < rate < ADAPTER_SIZED_RATE:
+    config, rate = s.config, s.rate
+    if config.method.kind != "full" or config.training.objective != "sft" or not FORGETTING_RATE < rate < ADAPTER_RATE:
         return None
     if s.shape is not None and s.shape.num_parameters < 4e9:
         return None  # small models are tuned at such rates: see PUBLISHED
@@ -104,7 +101,7 @@ def high_for_full(s: Situation) -> Hit | None:
 
 @rule("LR_HIGH_FOR_ADAPTER", "warning", "An adapter rate at which training tends to diverge")
 def high_for_adapter(s: Situation, shape: ModelShape) -> Hit | None:
-    rate, guide = s.config.training.learning_rate, lora_guide(shape)
+    rate, guide = s.rate, lora_guide(shape)
     if s.config.method.kind not in LORA_KINDS or rate <= 4 * guide or s.traits.family != "supervised":
         return None
     fix = float(f"{guide:.0e}")
@@ -120,7 +117,7 @@ def high_for_adapter(s: Situation, shape: ModelShape) -> Hit | None:
 
 @rule("LR_TOO_LOW_TO_LEARN", "warning", "A learning rate at which full fine-tuning changes next to nothing")
 def too_low_to_learn(s: Situation) -> Hit | None:
-    training, rate = s.config.training, s.config.training.learning_rate
+    training, rate = s.config.training, s.rate
     if s.config.method.kind != "full" or training.objective != "sft" or rate >= USELESS_RATE:
         return None
     if s.steps:
@@ -138,8 +135,8 @@ def too_low_to_learn(s: Situation) -> Hit | None:
 
 @rule("LR_BY_MODEL_SIZE", "advice", "A full fine-tuning rate unusual for the model's size")
 def by_model_size(s: Situation, shape: ModelShape) -> Hit | None:
-    training, rate, size = s.config.training, s.config.training.learning_rate, shape.num_parameters
-    if s.config.method.kind != "full" or training.objective != "sft" or not USELESS_RATE <= rate < ADAPTER_SIZED_RATE:
+    training, rate, size = s.config.training, s.rate, shape.num_parameters
+    if s.config.method.kind != "full" or training.objective != "sft" or not USELESS_RATE <= rate < ADAPTER_RATE:
         return None
     low, high = band_at(size, RATES)
     highest, whose = next((rate, text) for up_to, rate, text in PUBLISHED if size <= up_to)
@@ -162,7 +159,7 @@ def pretraining_rate(num_parameters: float) -> float:
 
 @rule("LR_LARGE_MODEL_ADAPTER", "advice", "An adapter on a very large model at a small model's rate")
 def large_model_adapter(s: Situation, shape: ModelShape) -> Hit | None:
-    rate, size = s.config.training.learning_rate, shape.num_parameters
+    rate, size = s.rate, shape.num_parameters
     if s.config.method.kind not in ("lora", "qlora") or size < 3e10 or not 2e-4 <= rate <= 4 * lora_guide(shape):
         return None
     if s.traits.family != "supervised":
@@ -178,14 +175,13 @@ def large_model_adapter(s: Situation, shape: ModelShape) -> Hit | None:
 
 @rule("LR_LOW_FOR_IA3", "warning", "IA3 with a LoRA-sized learning rate")
 def low_for_ia3(s: Situation) -> Hit | None:
-    rate = s.config.training.learning_rate
+    rate = s.rate
     if s.config.method.kind != "ia3" or rate >= 1e-3 or s.traits.family != "supervised":
         return None
-    whose = "yours" if s.chosen("training.learning_rate") else "the default, which is meant for LoRA"
     return Hit(
         "training.learning_rate",
         f"{rate_text(rate)} with method ia3",
-        f"IA3 trains one factor per channel and was published with {rate_text(IA3_RATE)}, {IA3_RATE / rate:.0f} times {whose}.",
+        f"IA3 trains one factor per channel and was published with {rate_text(IA3_RATE)}, {IA3_RATE / rate:.0f} times yours.",
         {"training.learning_rate": IA3_RATE},
         safe=True,
     )

@@ -73,7 +73,7 @@ def shape_from_config(config: Mapping[str, Any], *, name: str = "model") -> Mode
     _refuse_other_kinds(config, name)
     outer = next((key for key in _TEXT_PARTS if isinstance(config.get(key), Mapping)), None)
     if outer is None:
-        return _decoder_shape(config, name)
+        return replace(_decoder_shape(config, name), stored_dtype=_stored_dtype(config))
     inner = {"model_type": _INNER_TYPES.get(str(config.get("model_type")))} | dict(config[outer])
     if config.get("tie_word_embeddings") is not None:
         inner["tie_word_embeddings"] = config["tie_word_embeddings"]
@@ -81,6 +81,7 @@ def shape_from_config(config: Mapping[str, Any], *, name: str = "model") -> Mode
     return replace(
         shape,
         model_type=str(config.get("model_type") or shape.model_type),
+        stored_dtype=_stored_dtype(config) or _stored_dtype(inner),
         linears=tuple(_below_language_model(linear) for linear in shape.linears),
         certainty="read",
         source=f"{shape.source}; the language model alone, without the parts for pictures or sound",
@@ -89,6 +90,12 @@ def shape_from_config(config: Mapping[str, Any], *, name: str = "model") -> Mode
 
 def _below_language_model(linear: Linear) -> Linear:
     return replace(linear, path=re.sub(r"^model\.", "model.language_model.", linear.path))
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """The type the weights were saved in; releases before 5 of transformers call the key `torch_dtype`."""
+    stated = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return stated if stated in ("float32", "bfloat16", "float16") else None
 
 
 def _refuse_other_kinds(config: Mapping[str, Any], name: str) -> None:

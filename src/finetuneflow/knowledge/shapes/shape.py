@@ -49,6 +49,7 @@ class ModelShape:
     `state_size`: width of a state-space model's state; `state_values`: values kept per sequence whatever its length.
     `embedding_width`: of the token table where it is not `hidden`. `head_bias`: the output head adds one.
     `embedding_name`, `head_name`: what the two modules are called, the last part of their paths.
+    `stored_dtype`: the type of the weights in the file ("float32", …) where the config says it.
     `certainty`: "exact" (from a config of a known layout), "read" (from a config, by its usual keys), "typical" (from a size).
     `source` says in words where it came from.
     """
@@ -82,6 +83,7 @@ class ModelShape:
     head_bias: bool = False
     embedding_name: str = "embed_tokens"
     head_name: str = "lm_head"
+    stored_dtype: str | None = None
 
     @property
     def embedding_parameters(self) -> int:
