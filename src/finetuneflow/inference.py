@@ -15,7 +15,6 @@ import collections.abc as abc
 import contextlib
 import hashlib
 import itertools
-import json
 import queue
 import random
 import threading
@@ -598,9 +597,10 @@ def _from_run(
     run: Path, *, with_adapter: bool, checkpoint: str | int | None, module: str | None, options: Mapping[str, Any]
 ) -> Generator:
     from finetuneflow.config import load_config
-    from finetuneflow.models.load import load_base, load_with_adapters
+    from finetuneflow.data.templates import template_of_run
+    from finetuneflow.models.load import dtype_of_run, load_base, load_with_adapters
     from finetuneflow.models.own import kept_in
-    from finetuneflow.models.source import ModelSource
+    from finetuneflow.models.source import ModelSource, source_of
 
     config, _ = load_config(run / "run.yaml")
     if config.training.objective == "reward":
@@ -611,8 +611,8 @@ def _from_run(
         )
     module = module or kept_in(run, config.model.module)
     if options["dtype"] == "auto":
-        options = {**options, "dtype": _dtype_of_run(run)}
-    source = ModelSource(config.model.base, config.model.revision, config.model.trust_remote_code, module)
+        options = {**options, "dtype": dtype_of_run(run)}
+    source = replace(source_of(config.model), module=module)
     if config.method.is_adapter:
         quantize = {"quantize": "nf4", "double_quant": config.method.double_quantization} if config.method.kind == "qlora" else {}
         wanted = {"tuned": _weights_dir(run, checkpoint, final="adapter")} if with_adapter else {}
@@ -625,16 +625,7 @@ def _from_run(
         loaded = load_base(source, **options)
     tokenizer = _tokenizer_of(run / "tokenizer") or loaded.tokenizer
     name = run.resolve().name if with_adapter else "base"
-    return Generator(loaded.model, tokenizer, _template_of_run(run, tokenizer), name=name)
-
-
-def _dtype_of_run(run: Path) -> str:
-    """The storage type the run computed with (full fine-tuning: fp32), in the terms of `models.load`."""
-    try:
-        stored = json.loads((run / "environment.json").read_text(encoding="utf-8"))["setup"]["storage_dtype"]
-    except (OSError, ValueError, KeyError):
-        return "auto"
-    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(stored, "auto")
+    return Generator(loaded.model, tokenizer, template_of_run(run, tokenizer), name=name)
 
 
 def _weights_dir(run: Path, checkpoint: str | int | None, *, final: str) -> Path:
@@ -666,12 +657,3 @@ def _tokenizer_of(folder: Path) -> Any | None:
     from finetuneflow.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 
     return load_tokenizer(folder)[0] if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
-
-
-def _template_of_run(run: Path, tokenizer: Any) -> PromptTemplate:
-    """The template the run was trained with, from its own record."""
-    from finetuneflow.data.templates import resolve_template
-
-    record = json.loads((run / "template.json").read_text(encoding="utf-8"))
-    tokenizer.chat_template = record["source"]
-    return resolve_template(tokenizer)

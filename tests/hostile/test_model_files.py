@@ -460,7 +460,7 @@ def test_a_reward_run_without_its_template_is_refused(text: str | None, scoring:
     if text is not None:
         (run / "template.json").write_text(text)
     error = refusal(lambda: load_reward_model(run))
-    assert error.code == "REWARD_INVALID" and "template.json" in error.message
+    assert error.code == "TEMPLATE_INVALID" and "template.json" in error.message
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,33 @@ def test_values_start_at_zero_and_are_read_where_the_next_token_is_predicted(bas
         assert_rows(actors.values(batch()), expected)
 
 
+@pytest.mark.parametrize(("rank", "taken"), [(4, True), (2, False)])
+def test_values_can_start_as_what_a_reward_model_on_the_base_says(base: Path, rank: int, taken: bool) -> None:
+    """Scores from a plain forward pass with the reward's adapter alone; one of another shape changes nothing."""
+    from peft import LoraConfig
+
+    model = loaded(base, SPECS["lora"])
+    other: Any = copy.deepcopy(model.peft_config[TRAINED])
+    assert isinstance(other, LoraConfig)
+    other.r = rank
+    model.add_adapter("reward", other)
+    head = torch.nn.Linear(model.config.hidden_size, 1, bias=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "reward" in name.split("."):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    plain = copy.deepcopy(model).eval()
+    plain.set_adapter("reward")
+    actors = actors_of(model)
+    assert actors.start_value_as("reward", head, weight=2.0) is taken
+    with torch.no_grad():
+        rows = [torch.tensor([[*p, *a]]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+        scores = [2.0 * head(plain.get_base_model().model(row).last_hidden_state[0]).squeeze(-1) for row in rows]
+    expected = [s[len(p) - 1 :].tolist()[: len(a)] for s, p, a in zip(scores, PROMPTS, ANSWERS, strict=True)]
+    assert_rows(actors.values(batch()), expected if taken else [[0.0] * len(a) for a in ANSWERS])
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "reward" in name.split("."))
+
+
 @pytest.mark.parametrize("kind", [*SPECS, "full"])
 def test_each_loss_moves_its_own_parameters_alone(base: Path, kind: str) -> None:
     model = loaded(base, SPECS.get(kind), moved=False)

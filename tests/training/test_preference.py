@@ -299,15 +299,17 @@ def test_a_killed_run_resumes_to_the_same_weights_and_lines(bench: Bench, object
     assert weights(straight) == weights(resumed) and weights(straight)
 
 
-def test_cached_reference_gives_the_loss_of_the_live_one_and_is_computed_once(bench: Bench) -> None:
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_cached_reference_gives_the_loss_of_the_live_one_and_is_computed_once(bench: Bench, kind: str) -> None:
     config_of(bench, "dpo")
-    live = bench.train(training__objective="dpo").run_dir
-    cached = bench.train(training__objective="dpo", preference__reference="cached").run_dir
+    settings = {"training__objective": "dpo", "method__kind": kind}
+    live = bench.train(**settings).run_dir
+    cached = bench.train(**settings, preference__reference="cached").run_dir
     assert [e for e in bench.events if e["event"] == "phase" and e["name"] == "reference"]
     for one, two in zip(figures(live), figures(cached), strict=True):
         key = "loss" if "loss" in one else "eval_loss"
         assert one[key] == pytest.approx(two[key], abs=1e-5)
-    bench.train(training__objective="dpo", preference__reference="cached")
+    bench.train(**settings, preference__reference="cached")
     assert not [e for e in bench.events if e["event"] == "phase" and e["name"] == "reference"]
 
 
@@ -320,6 +322,25 @@ def test_full_fine_tuning_is_measured_against_a_frozen_copy(bench: Bench, tmp_pa
     moved(trainer.model)
     assert trainer.compute_loss(trainer.model, dict(batch)).item() != pytest.approx(math.log(2), abs=1e-3)
     assert not any(parameter.requires_grad for parameter in trainer.ref_model.parameters())
+
+
+def test_a_frozen_copy_that_was_asked_for_the_last_time_holds_no_memory(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Started] = []
+    original = start_model
+
+    def noted(*arguments: Any) -> Started:
+        made.append(original(*arguments))
+        return made[0]
+
+    config = config_of(bench, "dpo", method__kind="full", preference__reference="cached")
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "start_model", noted)
+        trainer, _ = ready_trainer(config, tmp_path / "ours", bench)
+    assert trainer.ref_model is None and made[0].reference is not None
+    assert all(parameter.is_meta for parameter in made[0].reference.parameters())
+    assert not any(parameter.is_meta for parameter in trainer.model.parameters())
 
 
 def test_a_loss_that_is_not_finite_names_the_pairs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from finetuneflow.data.spans import (
     tools_key,
 )
 from finetuneflow.errors import DataError
+from finetuneflow.workspace import read_json_object
 
 __all__ = ["BUILT_IN", "Origin", "Template", "resolve_template"]
 
@@ -285,6 +286,20 @@ def resolve_template(tokenizer: Any, name: str = "auto", *, consent: bool = Fals
         chosen.differs = True
         chosen.notes += (f"Template {name!r} writes something else than the tokenizer's own; used with your consent.",)
     return chosen
+
+
+def template_of_run(run: Path, tokenizer: Any) -> Template:
+    """The template a run was trained with, by the run's own record of it."""
+    source = read_json_object(run / "template.json").get("source")
+    if not isinstance(source, str):
+        raise DataError(
+            "TEMPLATE_INVALID",
+            f"{run.name} holds no readable template.json, so its conversations cannot be written as they were in training.",
+            where=str(run / "template.json"),
+            remedy="Copy the run directory again, whole, or train anew.",
+        )
+    tokenizer.chat_template = source
+    return resolve_template(tokenizer)
 
 
 def _own_source(tokenizer: Any) -> str | None:

@@ -24,7 +24,6 @@ from finetuneflow.data.tokens import encode_text, render_example
 from finetuneflow.errors import ConfigError, DataError, ModelError
 from finetuneflow.evaluation.rewards import Drawn, Prompt, reward_failed
 from finetuneflow.knowledge.shapes.settings import MOST_LAYERS, Settings
-from finetuneflow.workspace import read_json_object
 
 SHARED = "reward"  # the adapter's name on a shared base
 HEAD = "score"
@@ -142,21 +141,12 @@ def reward_run(folder: Path) -> RunConfig:
 
 
 def _read_with(run: Path) -> tuple[Any, Any]:
-    """Tokenizer and template of the run, as it kept them."""
-    from finetuneflow.data.templates import resolve_template
+    """The tokenizer and the template that a run read its conversations with."""
+    from finetuneflow.data.templates import template_of_run
     from finetuneflow.models.tokenizer import load_tokenizer
 
     tokenizer, _ = load_tokenizer(run / "tokenizer")
-    source = read_json_object(run / "template.json").get("source")
-    if not isinstance(source, str):
-        raise ConfigError(
-            "REWARD_INVALID",
-            f"{run.name} holds no readable template.json, so its conversations cannot be written as they were in training.",
-            where=str(run / "template.json"),
-            remedy="Copy the run directory again, whole, or train the reward model anew.",
-        )
-    tokenizer.chat_template = source
-    return tokenizer, resolve_template(tokenizer)
+    return tokenizer, template_of_run(run, tokenizer)
 
 
 def merged_scoring_model(run: Path) -> Any:
@@ -166,31 +156,23 @@ def merged_scoring_model(run: Path) -> Any:
 
 def _model_of_run(run: Path, config: RunConfig, device: Any, adapter: Path | None = None) -> Any:
     from finetuneflow.models.adapters import load_adapters
-    from finetuneflow.models.load import load_base
-    from finetuneflow.models.own import kept_in
+    from finetuneflow.models.load import dtype_of_run, load_base
     from finetuneflow.models.reward import scoring_model
-    from finetuneflow.models.source import ModelSource
+    from finetuneflow.models.source import ModelSource, source_of
 
     if (run / "model").is_dir():
         return _classifier(screened(run / "model"), device)
-    method, named = config.method, config.model
+    method = config.method
     merged = run / "base"  # where the run trained on a base that an earlier adapter was written into
-    source = ModelSource(named.base, named.revision, named.trust_remote_code, kept_in(run, named.module))
+    source = source_of(config.model, run)
     base = load_base(
         ModelSource(str(merged), module=source.module) if merged.is_dir() else source,
         quantize="nf4" if method.kind == "qlora" else None,
         double_quant=method.double_quantization,
-        dtype=_storage_type(run),
+        dtype=dtype_of_run(run),
         device=str(device),
     )
     return load_adapters(scoring_model(base.model, base.tokenizer, seed=0), {SHARED: adapter or run / "adapter"})
-
-
-def _storage_type(run: Path) -> str | torch.dtype:
-    """The type the run kept its base in; what suits the machine where that is not recorded."""
-    setup = read_json_object(run / "environment.json").get("setup")
-    found = getattr(torch, str(setup.get("storage_dtype")), None) if isinstance(setup, dict) else None
-    return found if isinstance(found, torch.dtype) else "auto"
 
 
 def screened(folder: Path) -> Path:

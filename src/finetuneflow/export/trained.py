@@ -23,10 +23,9 @@ MEMORY_SHARE = 0.8  # the rest is for activations and whatever else runs
 
 def model_source(record: RunRecord) -> Any:
     """The base model of the run's settings, as the loader wants it."""
-    from finetuneflow.models.source import ModelSource
+    from finetuneflow.models.source import source_of
 
-    model = record.config.model
-    return ModelSource(model.base, model.revision, model.trust_remote_code, own_module(record))
+    return source_of(record.config.model, record.run_dir)
 
 
 def own_module(record: RunRecord) -> str | None:

@@ -15,7 +15,7 @@ from finetuneflow.config import Method, RunConfig
 from finetuneflow.knowledge import activations
 from finetuneflow.knowledge.activations import TYPE_BYTES, Attention, Pass
 from finetuneflow.knowledge.memory_heads import Tiles, answer_bytes, drawing_copies, logit_bytes, tile_bytes
-from finetuneflow.knowledge.objectives import Traits, reference_of, reward_models, traits_of
+from finetuneflow.knowledge.objectives import Traits, has_live_reference, reference_of, reward_models, traits_of
 from finetuneflow.knowledge.resolve import Resolved
 from finetuneflow.knowledge.shapes.shape import Linear, ModelShape, kv_cache_bytes
 from finetuneflow.knowledge.shapes.targets import target_linears
@@ -253,8 +253,11 @@ def _pass(config: RunConfig, resolved: Resolved, targets: tuple[Linear, ...], wo
 def phases(parts: Parts, shares: int, strategy: Strategy) -> dict[str, dict[str, int]]:
     """Bytes of each part in each phase, on one of `shares` devices that hold a shard each."""
     fixed = _fixed(parts, shares)
+    loading = _loading(parts, fixed)
+    if not has_live_reference(parts.config) and reference_of(parts.config) == "model":
+        fixed["reference"] = 0  # asked once and let go
     return {
-        "loading": _loading(parts, fixed),
+        "loading": loading,
         "training step": fixed | _step(parts, shares, strategy) | {"allocator_slack": _slack(parts)},
         "optimizer step": fixed | _update(parts, shares, strategy),
         "evaluation": fixed | _evaluation(parts),

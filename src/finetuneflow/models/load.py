@@ -30,6 +30,7 @@ from finetuneflow.models.source import ModelSource, Snapshot, resolve
 from finetuneflow.models.targets import STATE_SPACE_TARGETS
 from finetuneflow.models.tokenizer import load_tokenizer, quiet_transformers
 from finetuneflow.models.trial import check_model, without_checkpointing
+from finetuneflow.workspace import read_json_object
 
 Quantize = Literal["nf4", "fp4", "int8"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -164,6 +165,13 @@ def choose_dtype(requested: str | torch.dtype, device: torch.device | str) -> tu
     if wanted is torch.float16 and device.type == "cpu":
         return torch.float32, "fp16 was asked for, but it is slow and overflows on a CPU: fp32 is used instead."
     return wanted, f"{_name(wanted)} as asked."
+
+
+def dtype_of_run(run: Path) -> str:
+    """The storage type a run computed with (full fine-tuning: fp32), as `load_base` takes it; "auto" where it is not recorded."""
+    setup = read_json_object(run / "environment.json").get("setup")
+    stored = setup.get("storage_dtype") if isinstance(setup, dict) else None
+    return {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}.get(str(stored), "auto")
 
 
 def _automatic_dtype(device: torch.device, has_bf16: bool) -> tuple[torch.dtype, str]:

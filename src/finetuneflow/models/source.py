@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetuneflow.config import Model
 from finetuneflow.errors import FineTuneFlowError, ModelError
 from finetuneflow.models import own, screening
 from finetuneflow.models.own import OwnArchitecture
@@ -45,6 +46,12 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code_revision: str | None = None
     module: str | None = None
+
+
+def source_of(model: Model, run: Path | None = None) -> ModelSource:
+    """The base that a run file names; of a run that has begun, with the run's own copy of a module."""
+    module = own.kept_in(run, model.module) if run is not None else model.module
+    return ModelSource(model.base, model.revision, model.trust_remote_code, module)
 
 
 @dataclass(frozen=True, slots=True)

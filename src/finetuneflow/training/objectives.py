@@ -30,7 +30,7 @@ from finetuneflow.training.callbacks import Monitor, memory_now
 from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage, find_valid
 from finetuneflow.training.progress import Progress
 from finetuneflow.training.setup import Setup
-from finetuneflow.training.start import Started, adapter_folder, model_source, shaping_files, start_model
+from finetuneflow.training.start import Started, adapter_folder, shaping_files, start_model
 from finetuneflow.workspace import Workspace, require_free_bytes, sha256_json, translate_os_errors, write_json
 
 # --- data, tokenizer, template ------------------------------------------------------------------------
@@ -67,10 +67,10 @@ def write_tokenizer(tokenizer: Any, template: Any, folder: Path) -> None:
 def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Materials:
     """Tokenizer and template of the base, and the dataset as tokens."""
     from finetuneflow.data.templates import resolve_template
-    from finetuneflow.models.source import resolve
+    from finetuneflow.models.source import resolve, source_of
     from finetuneflow.models.tokenizer import load_tokenizer
 
-    snapshot = resolve(model_source(config))
+    snapshot = resolve(source_of(config.model))
     tokenizer, notes = load_tokenizer(snapshot.path, run_own_code=snapshot.run_own_code)
     template = resolve_template(tokenizer, config.data.template, consent=config.data.template_consent)
     for note in (*snapshot.notes, *notes, *template.notes):
@@ -344,6 +344,9 @@ def _preference_trainer(
                 continue
             path = prepared.folder.parent.parent / "reference" / f"{name}-{side}.safetensors"
             trainer.use_cached_reference(side, reference_logps(trainer, rows, path, emit))
+        if started.reference is not None:
+            trainer.ref_model = None
+            started.reference.to("meta")  # whoever still holds it holds no weights
     return trainer
 
 

@@ -35,12 +35,6 @@ class Started:
     reference: Any | None = None
 
 
-def model_source(config: RunConfig) -> Any:
-    from finetuneflow.models.source import ModelSource
-
-    return ModelSource(config.model.base, config.model.revision, config.model.trust_remote_code, config.model.module)
-
-
 def adapter_folder(named: str, workspace: Workspace | None = None) -> Path:
     """The folder of an adapter named by itself, by its run's folder, or by its run's name."""
     folder = Path(named)
@@ -97,11 +91,12 @@ def merged_base(config: RunConfig, run_dir: Path, workspace: Workspace) -> RunCo
     if model.adapter is None or model.adapter_start != "merge" or config.method.kind == "full":
         return config
     from finetuneflow.models.load import merged_copy
+    from finetuneflow.models.source import source_of
     from finetuneflow.workspace import translate_os_errors
 
     target = run_dir / "base"
     dtype = "fp32" if config.training.precision == "fp32" else "auto"  # 16 bits would round what fp32 is to keep
-    merged = merged_copy(model_source(config), adapter_folder(model.adapter, workspace), dtype=dtype, device="cpu")
+    merged = merged_copy(source_of(config.model), adapter_folder(model.adapter, workspace), dtype=dtype, device="cpu")
     with translate_os_errors(target):
         merged.model.save_pretrained(target)
         merged.tokenizer.save_pretrained(target)
@@ -116,12 +111,13 @@ def start_model(config: RunConfig, setup: Setup, tokenizer: Any, base_commit: st
     from transformers import set_seed
 
     from finetuneflow.models.load import load_base
+    from finetuneflow.models.source import source_of
 
     method = config.method
 
     def load() -> Any:
         return load_base(
-            model_source(config),
+            source_of(config.model),
             quantize="nf4" if method.kind == "qlora" else None,
             double_quant=method.double_quantization,
             dtype=getattr(torch, setup.storage_dtype),
