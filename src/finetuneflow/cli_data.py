@@ -109,7 +109,7 @@ def data_convert(
     )
     written, rejected = write_canonical(FormReader(form).read(items), out, problems_path=problems)
     if as_json:
-        print_json({"out": str(out), "examples": written, "problems": str(problems), "rejected": rejected})
+        print_json({"out": str(out), "examples": written, "problems": str(problems) if rejected else None, "rejected": rejected})
     else:
         say(f"{many(written, 'example')} in {out}" + (f"; {many(rejected, 'rejected row')} in {problems}" if rejected else ""))
 

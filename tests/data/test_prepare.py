@@ -439,6 +439,8 @@ def test_what_preferences_teach_wrongly_is_said_also_for_tokens_out_of_the_cache
     recipe = Recipe(train=(kitchen.file("biased.jsonl", biased),), form="pair", eval_fraction=0.0)
     for _ in range(2):
         assert kitchen.cook(recipe).manifest["pairs"]["length_ratio"] > 1.5 and "LENGTH_BIAS" in kitchen.warnings()
+    kitchen.cook(replace(recipe, by_token=True))
+    assert "LENGTH_BIAS" not in kitchen.warnings()
     labels = [{"prompt": f"Why {n}?", "completion": f"So {n}.", "label": n % 4 == 0} for n in range(40)]
     rated = Recipe(train=(kitchen.file("labels.jsonl", labels),), form="rated", eval_fraction=0.0)
     first = kitchen.cook(rated)

@@ -261,7 +261,7 @@ def _call_json(call: ToolCall) -> dict[str, Any]:
 def write_canonical(items: Iterable[Example | Problem], path: Path, *, problems_path: Path | None = None) -> tuple[int, int]:
     """Write examples as canonical JSON Lines, and problems beside them; returns how many of each.
 
-    Streams: memory is flat. The files appear complete or not at all.
+    Streams: memory is flat. The files appear complete or not at all; one without problems does not, nor does an earlier one stay.
     """
     counts = [0, 0]
     with _appearing(path) as examples_file, _appearing(problems_path) as problems_file:
@@ -272,6 +272,8 @@ def write_canonical(items: Iterable[Example | Problem], path: Path, *, problems_
             if file is not None:
                 value = asdict(item) if isinstance(item, Problem) else to_canonical(item)
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    if problems_path is not None and not counts[1]:
+        problems_path.unlink(missing_ok=True)
     return counts[0], counts[1]
 
 

@@ -130,12 +130,10 @@ def mix(
     random.Random(seed).shuffle(order)
     problems_path = out.with_name(f"{out.stem}.problems.jsonl")
     examples: Iterable[Example | Problem] = (pools[number][index] for number, index in order)
-    written, _ = write_canonical(chain(examples, problems), out, problems_path=problems_path if problems else None)
-    if not problems:
-        problems_path.unlink(missing_ok=True)  # of an earlier mix
+    written, rejected = write_canonical(chain(examples, problems), out, problems_path=problems_path)
     falls_short = not repeat and written < (count if count is not None else sum(facts.usable for facts in taken))
     scarcest = min(taken, key=lambda facts: facts.usable / facts.share)
-    return Mix(out, problems_path if problems else None, written, tuple(taken), scarcest.file if falls_short else None)
+    return Mix(out, problems_path if rejected else None, written, tuple(taken), scarcest.file if falls_short else None)
 
 
 def _read_all(

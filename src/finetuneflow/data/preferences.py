@@ -235,10 +235,11 @@ class PairTally:
         }
 
 
-def pair_findings(pairs: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(code, message, advice) for what the pairs of a manifest would teach besides what is meant."""
+def pair_findings(pairs: dict[str, Any], *, by_token: bool = False) -> Iterator[tuple[str, str, str]]:
+    """(code, message, advice) for what the pairs of a manifest would teach besides what is meant. `by_token`: the objective
+    compares answers per token, so that their length teaches nothing."""
     ratio = pairs["length_ratio"]
-    if pairs["pairs"] and not 1 / LENGTH_RATIO <= ratio <= LENGTH_RATIO:
+    if pairs["pairs"] and not by_token and not 1 / LENGTH_RATIO <= ratio <= LENGTH_RATIO:
         yield (
             "LENGTH_BIAS",
             f"Chosen answers have {pairs['chosen_tokens']:.0f} tokens on average and rejected ones {pairs['rejected_tokens']:.0f} "

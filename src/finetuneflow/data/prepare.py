@@ -56,9 +56,9 @@ Warn = Callable[[str, str], None]  # (code, message): what a build has to say, k
 class Recipe:
     """What to read and how: the part of a run's configuration that shapes its tokens.
 
-    `form` says what the rows are made of (`forms.KINDS`). `rated_weights` are those of good
-    and bad answers; they shape no token, but the warning about their balance. `replay_share` of the training examples come
-    from the `replay` files (supervised rows only).
+    `form` says what the rows are made of (`forms.KINDS`). `rated_weights` are those of good and bad answers, `by_token` says
+    that answers are compared per token; both shape no token, but a warning. `replay_share` of the training examples come from
+    the `replay` files (supervised rows only).
     """
 
     train: tuple[str, ...]
@@ -75,6 +75,7 @@ class Recipe:
     form: Form = "supervised"
     pairing: Pairing = field(default_factory=Pairing)
     rated_weights: tuple[float, float] = (1.0, 1.0)
+    by_token: bool = False
     replay: tuple[str, ...] = ()
     replay_share: float = 0.1
 
@@ -114,7 +115,7 @@ class Prepared:
 def prepare(recipe: Recipe, tokenizer_digest: str, template: Template, cache_dir: Path, emit: Emit) -> Prepared:
     """The tokens of `recipe`, from the cache or made now. Raises `DataError` where nothing could be trained on."""
     files = {name: _fingerprint(Path(name)) for name in (*recipe.train, *recipe.eval, *recipe.replay)}
-    shaping = {k: v for k, v in asdict(recipe).items() if k not in ("train", "eval", "replay", "rated_weights")}
+    shaping = {k: v for k, v in asdict(recipe).items() if k not in ("train", "eval", "replay", "rated_weights", "by_token")}
     digest = sha256_json(
         {
             # by name too: manifest and row places name the files
@@ -476,7 +477,7 @@ def _preference_warnings(manifest: dict[str, Any], recipe: Recipe) -> list[dict[
     """What the pairs or labels would teach besides what is meant."""
     findings: Iterable[tuple[str, str, str]] = ()
     if recipe.form == "pair":
-        findings = pair_findings(manifest["pairs"])
+        findings = pair_findings(manifest["pairs"], by_token=recipe.by_token)
     elif recipe.form == "rated":
         findings = rated_findings(manifest["rated"], recipe.rated_weights)
     return [_warning(*finding) for finding in findings]

@@ -60,6 +60,12 @@ def traits_of(config: RunConfig) -> Traits:
     return TRAITS[config.training.objective]
 
 
+def counts_length_out(config: RunConfig) -> bool:
+    """Whether answers are compared per token, so that the longer of two has no advantage."""
+    objective = config.training.objective
+    return objective in ("simpo", "orpo") or (objective == "dpo" and config.preference.loss == "sigmoid_norm")
+
+
 def supervise_of(config: RunConfig) -> Literal["assistant", "last", "all"]:
     """Which tokens of a supervised row are in the loss: pre-training learns all of them, whatever `data.supervise` says."""
     return "all" if config.training.objective == "pretrain" else config.data.supervise

@@ -25,7 +25,7 @@ from finetuneflow.data.prepare import Prepared, Recipe, prepare
 from finetuneflow.data.tokens import Policy
 from finetuneflow.errors import FineTuneFlowError, ResumeError, TrainingError
 from finetuneflow.events import Emit
-from finetuneflow.knowledge.objectives import least_batch, supervise_of, traits_of
+from finetuneflow.knowledge.objectives import counts_length_out, least_batch, supervise_of, traits_of
 from finetuneflow.training.callbacks import Monitor, memory_now
 from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage, find_valid
 from finetuneflow.training.progress import Progress
@@ -89,6 +89,7 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
         form=traits_of(config).form,
         pairing=Pairing.of(data),
         rated_weights=(config.preference.desirable_weight, config.preference.undesirable_weight),
+        by_token=counts_length_out(config),
         replay=tuple(data.replay),
         replay_share=data.replay_share,
         policy=Policy(supervise=supervise_of(config), max_length=data.max_length, overlong=data.overlong),

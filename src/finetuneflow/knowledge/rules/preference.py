@@ -6,6 +6,7 @@ from typing import Any
 
 from finetuneflow.config import LOSSES_OF
 from finetuneflow.knowledge.criteria import rate_text
+from finetuneflow.knowledge.objectives import counts_length_out
 from finetuneflow.knowledge.resolve import objective_rate
 from finetuneflow.knowledge.situation import Hit, Situation, percent, rule
 from finetuneflow.knowledge.values import DataFacts, ModelFacts
@@ -212,10 +213,7 @@ def _upwards(weight: float) -> float:
 @rule("PAIR_LENGTH_BIAS", "warning", "Preferred answers that differ in length")
 def pair_length_bias(s: Situation, data: DataFacts) -> Hit | None:
     objective, ratio = s.config.training.objective, data.length_ratio
-    counted_out = ("simpo", "orpo")  # these compare answers per token
-    if data.form != "pair" or not ratio or 1 / LENGTH_RATIO <= ratio <= LENGTH_RATIO or objective in counted_out:
-        return None
-    if objective == "dpo" and s.config.preference.loss == "sigmoid_norm":
+    if data.form != "pair" or not ratio or 1 / LENGTH_RATIO <= ratio <= LENGTH_RATIO or counts_length_out(s.config):
         return None
     fix: dict[str, Any] = {"preference.loss": "sigmoid_norm"} if objective == "dpo" else {}
     return Hit(
