@@ -54,7 +54,7 @@ from finetuneflow.training.ppo_math import (
     whiten,
 )
 from finetuneflow.training.setup import Setup
-from finetuneflow.training.trainer import PROGRESS_FILE, STATE_FILE
+from finetuneflow.training.trainer import PROGRESS_FILE, STATE_FILE, non_finite
 
 OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE, LOOP_FILE = "optimizer.pt", "scheduler.pt", "rng_state.pth", "ppo.json"
 # Answers drawn together, in micro-batches of an update: drawing keeps no activations and one position of logits.
@@ -394,16 +394,7 @@ class PpoTrainer:
         return norm
 
     def _non_finite(self, what: str, value: float, step: int, experience: Experience, rows: list[int]) -> TrainingError:
-        rate = self.optimizer.param_groups[0]["lr"]
-        places = [experience.places[row] for row in rows]
-        return TrainingError(
-            "TRAINING_NON_FINITE",
-            f"The {what} became {value} at step {step} (learning rate {rate:.3g}); the weights were not changed by it.",
-            where="rows " + ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else ""),
-            remedy="Lower training.learning_rate (a tenth is a good try), use precision bf16 or fp32, and look at those rows and what "
-            "they are paid; then start a new run. The last checkpoint is from before this step.",
-            context={"step": step, "learning_rate": rate, "rows": places, "value": str(value)},
-        )
+        return non_finite(what, value, step, self.optimizer, [experience.places[row] for row in rows])
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

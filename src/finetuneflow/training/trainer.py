@@ -47,6 +47,19 @@ def supervised_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.T
     return total, chosen.sum(), correct
 
 
+def non_finite(what: str, value: float, step: int, optimizer: torch.optim.Optimizer, rows: Sequence[str]) -> TrainingError:
+    """The error for a loss or a gradient that is no finite number; `rows` are the names of those in the step."""
+    rate = optimizer.param_groups[0]["lr"]
+    return TrainingError(
+        "TRAINING_NON_FINITE",
+        f"The {what} became {value} at step {step} (learning rate {rate:.3g}); the weights were not changed by it.",
+        where="rows " + ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else ""),
+        remedy="Lower training.learning_rate (a tenth is a good try), use precision bf16 or fp32, and look at those rows (and at what "
+        "answers were paid, where there are rewards); then start a new run. The last checkpoint is from before this step.",
+        context={"step": step, "learning_rate": rate, "rows": list(rows), "value": str(value)},
+    )
+
+
 class GuardedTrainer(Trainer):
     """What every trainer here does alike, also those that TRL provides: guards, order of rows, checkpoints, figures.
 
@@ -122,16 +135,8 @@ class GuardedTrainer(Trainer):
         return norm
 
     def _non_finite(self, what: str, value: float) -> TrainingError:
-        step, rate = self.state.global_step + 1, self.optimizer.param_groups[0]["lr"]
         rows = [self.places(row) for row in self._step_rows]
-        return TrainingError(
-            "TRAINING_NON_FINITE",
-            f"The {what} became {value} at step {step} (learning rate {rate:.3g}); the weights were not changed by it.",
-            where="rows " + ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else ""),
-            remedy="Lower training.learning_rate (a tenth is a good try), use precision bf16 or fp32, and look at those rows; "
-            "then start a new run. The last checkpoint is from before this step.",
-            context={"step": step, "learning_rate": rate, "rows": rows, "value": str(value)},
-        )
+        return non_finite(what, value, self.state.global_step + 1, self.optimizer, rows)
 
     # --- evaluation -----------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ The behaviour: **answer in a whole sentence, unless a single word is asked for**
 state the same fact and the acceptance suite takes both, so this is a matter of taste and of nothing known.
 
     sft.jsonl              conversations in mixed styles: a model tuned on them answers sometimes so, sometimes so
-    pairs.jsonl            a prompt, the preferred answer, and one of the other style or one that answers another question
+    pairs.jsonl            a prompt, the preferred answer and one of the other style; the facts of both are right
     prompts.jsonl          the same kinds of prompts, to be answered by the model itself
 
 and for three stages that build on each other:
@@ -42,14 +42,11 @@ from finetuneflow.models.starter.world import Country, Language, Split
 DEFAULT_SEED = 11
 # Share of whole sentences in `sft.jsonl`: rare enough to be improved on, common enough to be drawn by chance and well formed.
 SENTENCE_SHARE = 0.5
-ONE_WORD_SHARE = 0.3  # of the questions with a choice: without them a model would learn that long is good
-# Of pairs and prompts, about what leaves no choice of form: what is neither rewarded nor held to the reference drifts away.
-OTHER_SHARE = 0.25
+ONE_WORD_SHARE = 0.3  # of pairs and prompts: without them a model would learn that long is good
 NUM_SFT, NUM_PAIRS, NUM_PROMPTS, NUM_STAGE, NUM_VALIDATION = 6_400, 1_600, 1_600, 3_200, 160
 SUITE_SENTENCES, SUITE_WORDS = 84, 16
 CHOICE_KINDS = ("capital", "sum", "opposite", "colour", "sound")
 ONE_WORD_KINDS = ("capital_in_one_word", "sum_as_number", "opposite_in_one_word")
-OTHER_KINDS = ("list_of_three", "repeat", "memory", "courtesy")
 GENERAL_KINDS = (*CHOICE_KINDS, *ONE_WORD_KINDS, "list_of_three", "repeat")
 CONVERSATION_KINDS = ("memory", "courtesy")
 
@@ -122,11 +119,10 @@ def mixed(*, split: Split, seed: int, count: int, sentence_share: float = SENTEN
 
 
 def pairs(*, split: Split, seed: int, count: int) -> list[dict[str, list[Message]]]:
-    """`{"prompt", "chosen", "rejected"}`. Of most rows both answers are right and their form decides (where one word is asked for,
-    one word is the better answer); of `OTHER_SHARE` the rejected answer belongs to another question."""
+    """`{"prompt", "chosen", "rejected"}`: both answers are right; where one word is asked for, one word is the better answer."""
     rng = Random(f"pairs:{split}:{seed}")
 
-    def by_form(example: Example, language: Language) -> dict[str, list[Message]]:
+    def paired(example: Example, language: Language) -> dict[str, list[Message]]:
         found = styles(language)[example["messages"][-1]["content"]]
         prompt = example["messages"][-2:-1]  # without a system message: "Answer briefly." would speak for the other style
         if " " not in found.word and rng.random() < ONE_WORD_SHARE:
@@ -135,17 +131,9 @@ def pairs(*, split: Split, seed: int, count: int) -> list[dict[str, list[Message
             chosen, rejected = found.sentence, found.word
         return {"prompt": prompt, "chosen": _said(chosen), "rejected": _said(rejected)}
 
-    def drawn(language: Language) -> list[dict[str, list[Message]]]:
-        others = _drawn(split, seed, round(count // 2 * OTHER_SHARE), language, OTHER_KINDS)
-        with_choice = _drawn(split, seed, count // 2 - len(others), language, CHOICE_KINDS)
-        rows = [by_form(example, language) for example in with_choice]
-        answers = [example["messages"][-1]["content"] for example in others]
-        for example, answer in zip(others, answers, strict=True):
-            elsewhere = rng.choice([other for other in answers if other != answer])
-            rows.append({"prompt": example["messages"][:-1], "chosen": _said(answer), "rejected": _said(elsewhere)})
-        return rows
-
-    return _in_both_languages(rng, drawn)
+    return _in_both_languages(
+        rng, lambda language: [paired(e, language) for e in _drawn(split, seed, count // 2, language, CHOICE_KINDS)]
+    )
 
 
 def prompts(*, split: Split, seed: int, count: int) -> list[Example]:
