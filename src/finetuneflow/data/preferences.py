@@ -23,6 +23,7 @@ from finetuneflow.data.examples import Example, Message, Problem, endings_of, pr
 from finetuneflow.data.forms import Form, Sides, reference_answer
 from finetuneflow.data.similarity import answer_key, exact_key, prompt_key
 from finetuneflow.data.spool import Spool
+from finetuneflow.knowledge.run_warnings import WARNINGS
 
 if TYPE_CHECKING:
     from finetuneflow.config import Data
@@ -245,13 +246,13 @@ def pair_findings(pairs: dict[str, Any], *, by_token: bool = False) -> Iterator[
             f"Chosen answers have {pairs['chosen_tokens']:.0f} tokens on average and rejected ones {pairs['rejected_tokens']:.0f} "
             f"(ratio {ratio:.2f}; the chosen one is longer in {pairs['chosen_longer_share']:.0%} of the pairs): "
             "the model can win by length alone.",
-            "Add pairs in which the other length wins, or use simpo or dpo with loss sigmoid_norm, which count tokens out.",
+            WARNINGS["LENGTH_BIAS"].advice,
         )
     if pairs["contradictory"]:
         yield (
             "PAIRS_CONTRADICT",
             f"{pairs['contradictory']:,} pairs prefer what another pair of the same prompt rejects.",
-            "Decide which is meant, or set preference.label_smoothing to the share of wrong labels.",
+            WARNINGS["PAIRS_CONTRADICT"].advice,
         )
 
 
@@ -283,7 +284,7 @@ def rated_findings(rated: dict[str, Any], weights: tuple[float, float]) -> Itera
         yield (
             "ONE_LABEL",
             f"All {good + bad:,} answers are rated {'good' if good else 'bad'}: nothing tells the model what to prefer.",
-            "Add answers of the other label, or set data.good_rating.",
+            WARNINGS["ONE_LABEL"].advice,
         )
         return
     low, high = KTO_BALANCE

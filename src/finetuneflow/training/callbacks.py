@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from finetuneflow.config import Training
 from finetuneflow.events import Emit
+from finetuneflow.knowledge.run_warnings import WARNINGS
 from finetuneflow.training.progress import Progress, peak_resident_bytes
 from finetuneflow.training.status import STOP_FILE
 from finetuneflow.training.watch import HISTORY, REINFORCED, concerns
@@ -125,17 +126,13 @@ class Monitor(TrainerCallback):
         """Named warnings, each at most once: they advise, they never stop a run."""
         self._losses.append(loss)
         self._figures.append(figures)
-        for code, message, advice in concerns(self.settings.objective, list(self._figures)):
-            self._warn(code, message, advice)
+        for code, message, _ in concerns(self.settings.objective, list(self._figures)):
+            self._warn(code, message)
         step = state.global_step
         # The first step of a warm-up has rate 0, and so has every step of a run that ends with it.
         warming_up = step <= math.ceil(self.settings.warmup_ratio * state.max_steps) < state.max_steps
         if self.progress.learning_rate == 0.0 and not warming_up:
-            self._warn(
-                "LEARNING_RATE_ZERO",
-                f"The learning rate is 0 at step {step}: nothing is learned.",
-                "Check training.scheduler and training.warmup_ratio.",
-            )
+            self._warn("LEARNING_RATE_ZERO", f"The learning rate is 0 at step {step}: nothing is learned.")
         if len(self._losses) < 2 * WATCH_WINDOW or self.settings.objective in REINFORCED:
             return  # the loss of a policy gradient says nothing about progress
         losses = list(self._losses)
@@ -144,19 +141,17 @@ class Monitor(TrainerCallback):
             self._warn(
                 "LOSS_RISING",
                 f"The training loss rose from {before:.3f} to {after:.3f} over the last {2 * WATCH_WINDOW} log lines.",
-                "Lower training.learning_rate, or raise training.warmup_ratio.",
             )
         elif abs(after - before) < 1e-3 * before and after > 0.05:
             self._warn(
                 "LOSS_FLAT",
                 f"The training loss has stayed at {after:.3f} over the last {2 * WATCH_WINDOW} log lines.",
-                "Raise training.learning_rate, check the data with `ftf data preview`, or stop: it may have learned what it can.",
             )
 
-    def _warn(self, code: str, message: str, advice: str) -> None:
+    def _warn(self, code: str, message: str) -> None:
         if code not in self._warned:
             self._warned.add(code)
-            self.emit("warning", code=code, message=message, advice=advice)
+            self.emit("warning", code=code, message=message, advice=WARNINGS[code].advice)
 
     def _stop_request(self) -> bool | None:
         """None: go on. True: stop and save. False: stop without saving."""
