@@ -158,6 +158,17 @@ class Training(Section):
     batch_size: int = Field(4, ge=1, le=4096, description="Examples per device and forward pass (micro-batch).")
     eval_batch_size: int = Field(4, ge=1, le=4096, description="Examples per device in evaluation.")
     gradient_accumulation: int = Field(4, ge=1, le=4096, description="Micro-batches per optimizer step.")
+    speed: Literal["auto", "reference"] = Field(
+        "auto",
+        description="`auto`: the fast path, as far as it is proven equal on the model at the start of the run; `reference`: the plain one.",
+    )
+    token_budget: int | None = Field(
+        None,
+        ge=1,
+        le=1_048_576,
+        description="Most tokens in one forward pass of the fast path (sft, pretrain); null: what suits the device, and never more than "
+        "batch_size rows of max_length. The rows of a step stay the same.",
+    )
     group_by_length: bool = Field(
         False, description="Rows of like length meet in a step: less padding, at the price of a little less randomness."
     )

@@ -24,13 +24,14 @@ MORE_THAN_THERE_IS = 1 << 50  # bytes: the allocator's own refusal, whatever the
 
 @pytest.fixture
 def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make every batch of more than `rows` rows fail in the allocator, from a step on."""
+    """Make every batch of more tokens than `rows` of the longest rows have fail in the allocator, from a step on."""
 
     def install(rows: int, *, from_step: int = 0) -> None:
         compute = SupervisedTrainer.compute_loss
 
         def hungry(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            if inputs["input_ids"].shape[0] > rows and self.state.global_step >= from_step:
+            longest = max(self.train_dataset["length"])
+            if inputs["input_ids"].numel() > rows * longest and self.state.global_step >= from_step:
                 torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8)
             return compute(self, model, inputs, *args, **kwargs)
 

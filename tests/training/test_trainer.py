@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from finetuneflow.config import RunConfig
-from finetuneflow.data.batches import Collator
+from finetuneflow.data.batches import StepCollator
 from finetuneflow.training import objectives
 from finetuneflow.training.callbacks import Monitor
 from finetuneflow.training.progress import Progress
@@ -173,15 +173,26 @@ def test_accumulating_eight_batches_of_one_trains_like_a_batch_of_eight(bench: B
         torch.testing.assert_close(one[name], eight[name], atol=5e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("multiple_of", [1, 64])
-def test_padding_changes_neither_loss_nor_gradients(bench: Bench, multiple_of: int) -> None:
-    usual = Prepared(bench, **ONE_STEP)
-    padded = Prepared(bench, Collator(7, multiple_of=multiple_of), **ONE_STEP)  # and padded with an ordinary token
-    for run in (usual, padded):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"budget": 96, "packed": True},
+        {"budget": 10_000, "packed": True},
+        {"budget": 1, "packed": True},  # every row alone
+        {"budget": 200},
+        {"rows_each": 3},
+    ],
+    ids=["packed", "all in one row", "each alone", "padded to a budget", "rows as they come"],
+)
+def test_how_a_step_is_cut_changes_neither_loss_nor_gradients(bench: Bench, layout: dict[str, Any]) -> None:
+    plain = Prepared(bench, **ONE_STEP, training__speed="reference")
+    other = Prepared(bench, StepCollator(7, **layout), **ONE_STEP)  # and padded with an ordinary token
+    for run in (plain, other):
         run.trainer.train()
-    assert padded.logged()[0] == pytest.approx(usual.logged()[0], abs=1e-6)
-    for name, gradient in usual.watch.gradients[0].items():
-        torch.testing.assert_close(padded.watch.gradients[0][name], gradient, atol=1e-6, rtol=1e-4)
+    assert other.watch.rows == plain.watch.rows
+    assert other.logged()[0] == pytest.approx(plain.logged()[0], abs=1e-6)
+    for name, gradient in plain.watch.gradients[0].items():
+        torch.testing.assert_close(other.watch.gradients[0][name], gradient, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])

@@ -1,4 +1,4 @@
-"""Batch: tokenized rows become padded tensors, in an order that is a pure function of seed and epoch.
+"""Batch: tokenized rows become packed or padded tensors, in an order that is a pure function of seed and epoch.
 
 Place in the flow: `tokens.tokenize` -> Arrow cache -> **batches** -> the trainer. The only module of
 `data` that uses torch.
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+from finetuneflow.kernels.attention import best_fit
 
 IGNORED = -100  # the label PyTorch's cross-entropy passes over
 
@@ -29,7 +31,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
-        width = -(-max(lengths) // self.multiple_of) * self.multiple_of
+        width = self.width(max(lengths))
         input_ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.long)
         labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
         attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -39,6 +41,69 @@ class Collator:
             attention_mask[i, :length] = 1
         row_ids = torch.tensor([row["index"] for row in rows], dtype=torch.long)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "row_ids": row_ids}
+
+    def width(self, longest: int) -> int:
+        """Width of a batch whose longest row has so many tokens."""
+        return -(-longest // self.multiple_of) * self.multiple_of
+
+
+class StepCollator:
+    """All rows of an optimizer step, as micro-batches for one forward and backward pass each.
+
+    How a step is cut changes neither its rows nor its loss, which is a mean over the tokens of the whole step: only speed and
+    memory. A micro-batch holds at most `budget` tokens, or one longer row:
+
+    - packed: rows behind one another in one row of the model, filled by best-fit decreasing. `position_ids` (1, tokens) restart
+      with each, and `lengths` names them; attention has to keep them apart (`kernels.attention.packed`). No mask: transformers
+      takes one as a sign that a row is one text.
+    - padded, where a model cannot keep texts apart: rows of like length below one another, with `attention_mask` (rows, width).
+    - `rows_each`: padded too, so many rows to a micro-batch in the order they come (`speed: reference`).
+
+    `targets` of the same shape as `input_ids`: the token to be predicted *at* each position, -100 where nothing is learned.
+    `row_ids` (rows,) names the rows of the step for error messages, `tokens` counts what is no padding.
+    """
+
+    def __init__(self, pad_token_id: int, *, budget: int = 0, packed: bool = False, rows_each: int | None = None) -> None:
+        self.padded = Collator(pad_token_id)
+        self.budget = budget
+        self.packed = packed
+        self.rows_each = rows_each
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        micro_batches = [self._micro_batch([rows[i] for i in part]) for part in self._cut(lengths)]
+        row_ids = torch.tensor([row["index"] for row in rows], dtype=torch.long)
+        return {"micro_batches": micro_batches, "row_ids": row_ids, "tokens": sum(lengths)}
+
+    def _cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        if self.rows_each is not None:
+            return [list(range(i, min(i + self.rows_each, len(lengths)))) for i in range(0, len(lengths), self.rows_each)]
+        if self.packed:
+            return best_fit(lengths, self.budget)
+        parts: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            widest = self.padded.width(lengths[parts[-1][0]]) if parts else 0
+            if parts and (len(parts[-1]) + 1) * widest <= self.budget:
+                parts[-1].append(i)
+            else:
+                parts.append([i])
+        return parts
+
+    def _micro_batch(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if not self.packed:
+            batch = self.padded(rows)
+            del batch["row_ids"]
+            return {**batch, "targets": next_tokens(batch.pop("labels"))}
+        lengths = [len(row["input_ids"]) for row in rows]
+        ids = torch.cat([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
+        targets = torch.cat([next_tokens(torch.as_tensor(row["labels"], dtype=torch.long)) for row in rows])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return {"input_ids": ids[None], "position_ids": positions[None], "targets": targets[None], "lengths": lengths}
+
+
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Labels (…, length) moved to the position that predicts them; the last position predicts nothing."""
+    return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORED)], dim=-1)
 
 
 class EpochSampler(Sampler[int]):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from finetuneflow.config import RunConfig
+from finetuneflow.config import RunConfig, Training
 from finetuneflow.knowledge.memory_phases import COLLATOR_MULTIPLE
 from finetuneflow.knowledge.objectives import rows_per_step, traits_of
 from finetuneflow.knowledge.values import DataFacts
@@ -22,6 +22,34 @@ STRETCH = 16  # `data.batches.EpochSampler` sorts as many steps' rows by length 
 # to 1.2 (ShareGPT).
 ASSUMED_SPREAD = 0.8
 LONGEST = 10_000_000  # tokens; whatever claims more is no length
+
+
+# Tokens of a forward pass beyond which products gain nothing more, and only memory grows.
+ENOUGH_TOKENS = {"cpu": 2_048, "cuda": 16_384}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Most tokens in a forward pass of the fast path, and why."""
+
+    tokens: int
+    reason: str
+
+
+def token_budget(training: Training, max_length: int, device: str, *, longest: int | None = None) -> Budget:
+    """What `training.token_budget` becomes. `longest`: tokens of the longest row, where it is known; no row is ever cut."""
+    longest = min(longest or max_length, max_length)
+    if training.token_budget is not None:
+        return Budget(
+            training.token_budget, "As asked." if training.token_budget >= longest else "As asked; a longer row goes alone."
+        )
+    enough, asked = ENOUGH_TOKENS[device], training.batch_size * longest
+    tokens = max(min(asked, enough), longest)
+    if tokens == asked:
+        return Budget(tokens, f"{training.batch_size} rows as long as the longest ({longest:,} tokens).")
+    if tokens == longest:
+        return Budget(tokens, "The longest row.")
+    return Budget(tokens, f"On this {device}, larger forward passes gain nothing.")
 
 
 @dataclass(frozen=True, slots=True)

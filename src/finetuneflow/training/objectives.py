@@ -26,6 +26,7 @@ from finetuneflow.data.tokens import Policy
 from finetuneflow.errors import FineTuneFlowError, ResumeError, TrainingError
 from finetuneflow.events import Emit
 from finetuneflow.knowledge.objectives import counts_length_out, least_batch, supervise_of, traits_of
+from finetuneflow.knowledge.steps import token_budget
 from finetuneflow.training.callbacks import Monitor, memory_now
 from finetuneflow.training.checkpoints import Checkpoint, checkpoint_dir, find_damage, find_valid
 from finetuneflow.training.progress import Progress
@@ -252,7 +253,7 @@ def build_trainer(
     elif family == "group":
         trainer = _group_trainer(config, arguments, materials, started, ours)
     else:
-        trainer = _supervised_trainer(arguments, materials, started.model, ours)
+        trainer = _supervised_trainer(config, training, setup, arguments, materials, started.model, ours, emit)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -299,18 +300,60 @@ def plain_arguments(arguments: dict[str, Any]) -> Any:
     return TrainingArguments(**arguments, activation_checkpointing=checkpointing, activation_checkpointing_kwargs=options)
 
 
-def _supervised_trainer(arguments: dict[str, Any], materials: Materials, model: Any, ours: dict[str, Any]) -> Any:
-    from finetuneflow.data.batches import Collator
+def _supervised_trainer(
+    config: RunConfig,
+    training: Training,
+    setup: Setup,
+    arguments: dict[str, Any],
+    materials: Materials,
+    model: Any,
+    ours: dict[str, Any],
+    emit: Emit,
+) -> Any:
+    from finetuneflow.data.batches import StepCollator
+    from finetuneflow.models.fast import describe, prepare_fast
     from finetuneflow.training.trainer import SupervisedTrainer
 
+    prepared = materials.prepared
+    # A batch of the loader is a whole step: how it is cut into micro-batches is the collator's business.
+    arguments |= {"per_device_train_batch_size": training.effective_batch, "gradient_accumulation_steps": 1}
+    pad = materials.tokenizer.pad_token_id or 0  # any id will do where there is none: padding is masked
+    if training.speed == "reference":
+        fast = None
+        emit("decision", setting="training.speed", value="reference", reason="The plain path, as asked.")
+    else:
+        with autocast_of(setup):
+            fast = prepare_fast(model.to(setup.device))
+        emit("decision", setting="training.speed", value="auto", reason=describe(fast))
+    if fast is None:
+        collator, eval_collator = (StepCollator(pad, rows_each=n) for n in (training.batch_size, training.eval_batch_size))
+    else:
+        longest = max(prepared.train["length"], default=1)
+        budget = token_budget(training, config.data.max_length, setup.device, longest=longest)
+        emit("decision", setting="training.token_budget", value=budget.tokens, reason=budget.reason)
+        collator = eval_collator = StepCollator(pad, budget=budget.tokens, packed=fast.packs)
+        arguments["per_device_eval_batch_size"] = max(training.eval_batch_size, ROWS_CUT_TOGETHER)
     return SupervisedTrainer(
         model=model,
         args=plain_arguments(arguments),
-        train_dataset=materials.prepared.train,
-        eval_dataset=materials.prepared.eval,
-        data_collator=Collator(materials.tokenizer.pad_token_id or 0),  # any id will do where there is none: padding is masked
+        train_dataset=prepared.train,
+        eval_dataset=prepared.eval,
+        data_collator=collator,
+        eval_collator=eval_collator,
+        fast=fast,
         **ours,
     )
+
+
+# Rows of an evaluation among which micro-batches are filled.
+ROWS_CUT_TOGETHER = 256
+
+
+def autocast_of(setup: Setup) -> Any:
+    """The mixed precision that accelerate wraps a forward pass in."""
+    import torch
+
+    return torch.autocast(setup.device, dtype=getattr(torch, setup.compute_dtype), enabled=setup.compute_dtype != "float32")
 
 
 def _preference_trainer(
@@ -431,7 +474,7 @@ def try_longest_batch(trainer: Any) -> None:
     longest = sorted(range(len(dataset)), key=lambda i: lengths[i], reverse=True)[: trainer.args.per_device_train_batch_size]
     with torch.random.fork_rng():
         trainer.model.to(trainer.args.device).train()
-        trainer.probe_loss([dataset[i] for i in longest]).backward()
+        trainer.probe_longest([dataset[i] for i in longest])
     trainer.model.zero_grad(set_to_none=True)
 
 

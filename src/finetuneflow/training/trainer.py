@@ -12,9 +12,10 @@ What differs from transformers' `Trainer`, and why:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import Trainer
 from finetuneflow.data.batches import IGNORED, EpochSampler
 from finetuneflow.errors import TrainingError
 from finetuneflow.models.adapters import TRAINED, is_peft_model, load_adapter_weights
+from finetuneflow.models.fast import FastPath
 from finetuneflow.training.callbacks import Monitor
 from finetuneflow.training.checkpoints import prune, write_checkpoint
 
@@ -32,15 +34,15 @@ PROGRESS_FILE = "progress.json"
 STATE_FILE = "trainer_state.json"
 
 
-def supervised_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum of the next-token cross-entropy in nats, number of supervised tokens, number predicted right.
+def plain_loss(model: Any, micro_batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum of the next-token cross-entropy in nats, number of supervised tokens, number predicted right: the reference.
 
-    `logits` (batch, length, vocabulary), `labels` (batch, length) with -100 where nothing is learned.
-    Only supervised positions are raised to fp32: logits of prompts and padding are never copied.
+    The model makes logits of all positions; only supervised ones are raised to fp32.
     """
-    targets = labels[:, 1:]
+    targets = micro_batch["targets"]
+    inputs = {name: value for name, value in micro_batch.items() if name != "targets"}
     chosen = targets != IGNORED
-    predictions = logits[:, :-1][chosen].float()
+    predictions = model(**inputs).logits[chosen].float()
     targets = targets[chosen]
     total = functional.cross_entropy(predictions, targets, reduction="sum")
     correct = (predictions.detach().argmax(dim=-1) == targets).sum()
@@ -98,12 +100,16 @@ class GuardedTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self._step_rows += self.count(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = self.forward_backward(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self._non_finite("loss", float(loss))
         self.progress.add_loss(loss)
         self.progress.add_metrics(self.take_figures("train"))
         return loss
+
+    def forward_backward(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """The loss of a batch, its gradients added to those that are there."""
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def count(self, inputs: dict[str, Any]) -> list[int]:
         """Take the row ids out of a batch and count its rows and tokens."""
@@ -124,6 +130,10 @@ class GuardedTrainer(Trainer):
             loss: Any = self.compute_loss(self.model, inputs)
         self.take_figures("train")
         return loss  # type: ignore[no-any-return]
+
+    def probe_longest(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Forward and backward pass on some rows, so that memory runs out now if it ever will."""
+        self.probe_loss(rows).backward()
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
@@ -193,39 +203,88 @@ class GuardedTrainer(Trainer):
 
 
 class SupervisedTrainer(GuardedTrainer):
-    """Next-token cross-entropy on the supervised tokens; see the module text."""
+    """Next-token cross-entropy on the supervised tokens; see the module text.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    A batch of the loader is a whole optimizer step (`data.batches.StepCollator`). `fast`: the fast path, proven on this model;
+    None is the plain path. Evaluation takes `eval_rows` rows at a time, which `eval_collator` cuts into micro-batches.
+    """
+
+    def __init__(
+        self, *args: Any, fast: FastPath | None = None, eval_collator: Callable[[Any], Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # makes the parent count supervised tokens over the whole step
-        self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = True
+        self.fast = fast
+        self.eval_collator = eval_collator or self.data_collator
+
+    def forward_backward(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One optimizer step's gradients, micro-batch by micro-batch: a mean over the supervised tokens of all of them."""
+        model.train()
+        micro_batches = inputs["micro_batches"]
+        count = sum((batch["targets"] != IGNORED).sum() for batch in micro_batches).to(self.args.device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        step_loss = torch.zeros((), device=self.args.device)
+        for i, micro_batch in enumerate(micro_batches):
+            micro_batch = self._prepare_inputs(micro_batch)
+            is_last = i == len(micro_batches) - 1  # gradients meet those of other processes once
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model), self._layout(micro_batch):
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, micro_batch, num_items_in_batch=count)
+                self.accelerator.backward(loss)
+            step_loss += loss.detach()
+        return step_loss
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        total, count, _ = supervised_loss(outputs.logits, labels)
-        loss = total / (num_items_in_batch if num_items_in_batch is not None else count.clamp(min=1))
+        total, count, _ = self.loss_parts(model, inputs)
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else count).clamp(min=1)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the divisor already counts all devices
-        return (loss, outputs) if return_outputs else loss
+        return loss
+
+    def loss_parts(self, model: Any, micro_batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(summed loss, supervised tokens, tokens predicted right) of a micro-batch."""
+        return plain_loss(model, micro_batch) if self.fast is None else self.fast.loss(model, micro_batch)
+
+    def _layout(self, micro_batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.fast is None else self.fast.layout(micro_batch)
+
+    def count(self, inputs: dict[str, Any]) -> list[int]:
+        rows: list[int] = inputs.pop("row_ids").tolist()
+        self.progress.count(examples=len(rows), tokens=inputs["tokens"])
+        return rows
+
+    def probe_longest(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Forward and backward on the largest micro-batch of some rows."""
+        micro_batch = max(self.data_collator(list(rows))["micro_batches"], key=lambda batch: batch["input_ids"].numel())
+        micro_batch = self._prepare_inputs(micro_batch)
+        with self._layout(micro_batch):
+            with self.accelerator.autocast():
+                loss = self.compute_loss(self.model, micro_batch)
+            loss.backward()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The parent guesses from a batch's shape, which is not one here; `knowledge.flops` counts."""
+        return 0
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        loader = self.get_eval_dataloader(eval_dataset)
         was_training = self.model.training
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         # A loader draws a seed from the global random state: put back, so that evaluating does not change the dropout that follows.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            train_collator, self.data_collator = self.data_collator, self.eval_collator
+            try:
+                loader = self.get_eval_dataloader(eval_dataset)
+            finally:
+                self.data_collator = train_collator
             for batch in loader:
-                batch.pop("row_ids")
-                batch = self._prepare_inputs(batch)
-                labels = batch.pop("labels")
-                with self.accelerator.autocast():
-                    logits = self.model(**batch).logits
-                sums += torch.stack([part.double() for part in supervised_loss(logits, labels)])
+                for micro_batch in batch["micro_batches"]:
+                    micro_batch = self._prepare_inputs(micro_batch)
+                    with self.accelerator.autocast(), self._layout(micro_batch):
+                        parts = self.loss_parts(self.model, micro_batch)
+                    sums += torch.stack([part.double() for part in parts])
         self.model.train(was_training)
         nll, count, correct = self.accelerator.reduce(sums, "sum").tolist()
         loss = nll / count

@@ -1,0 +1,345 @@
+"""Attention of packed rows: several texts behind one another in one row, of which none sees another.
+
+    with packed(lengths):            # while the forward and the backward pass of a packed row run
+        model(input_ids=(1, total), position_ids=…)
+
+`packed_attention` is what transformers calls (`AttentionInterface`); outside of `packed` it is transformers' own sdpa. A dense
+mask would cost total² per head; here the cost of a text is its own length squared. Short texts share blocks of 64, 128, … tokens,
+so that a few batched products serve all of them; long ones go by stretches of queries against the keys before them.
+
+Scores are computed and softmax is taken as in transformers' eager attention (fp32 inside, weights in the compute type); the
+backward pass computes the weights again instead of keeping them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+NAME = "finetuneflow_packed"
+SMALLEST_BLOCK, LARGEST_BLOCK = 64, 512
+STRETCH = 256  # queries of a long text that are computed together
+# What changes scores in ways that are not computed here; a model that passes one of these keeps its own attention.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Texts of like length, several to a block. `slots` (blocks x width,): the token in each place (any token where none belongs);
+    `mask` (blocks, width, width): 0 where a query sees a key, else -inf. A place without a token sees itself alone."""
+
+    slots: torch.Tensor
+    mask: torch.Tensor
+    width: int
+
+
+class Layout:
+    """Where the texts of a packed row lie: computed once, used by every layer."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+        self.total = sum(self.lengths)
+        self.longest = max(self.lengths, default=0)
+        self._on_device: dict[Any, Any] = {}
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        starts, at = [], 0
+        for length in self.lengths:
+            starts.append(at)
+            at += length
+        return tuple(starts)
+
+    @property
+    def long(self) -> list[tuple[int, int]]:
+        """(first token, one past the last) of each text that is too long for a block."""
+        pairs = zip(self.starts, self.lengths, strict=True)
+        return [(start, start + length) for start, length in pairs if length > LARGEST_BLOCK]
+
+    def blocks(self, device: torch.device, dtype: torch.dtype) -> tuple[list[Block], torch.Tensor]:
+        """The blocks, and for each token its place among all places of all blocks (of a long text: 0)."""
+        key = (device, dtype)
+        if key not in self._on_device:
+            self._on_device[key] = self._place(device, dtype)
+        return self._on_device[key]  # type: ignore[no-any-return]
+
+    def cumulative(self, device: torch.device) -> torch.Tensor:
+        """Ends of the texts, with 0 before them, as fused kernels take them: (texts + 1,), int32."""
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor([*self.starts, self.total], dtype=torch.int32, device=device)
+        return self._on_device[device]  # type: ignore[no-any-return]
+
+    def _place(self, device: torch.device, dtype: torch.dtype) -> tuple[list[Block], torch.Tensor]:
+        by_width: dict[int, list[int]] = {}
+        for text, length in enumerate(self.lengths):
+            width = SMALLEST_BLOCK
+            while width < length:
+                width *= 2
+            if length and width <= LARGEST_BLOCK:
+                by_width.setdefault(width, []).append(text)
+        places = torch.zeros(self.total, dtype=torch.long)
+        blocks, before = [], 0
+        for width, texts in sorted(by_width.items()):
+            shelves = best_fit([self.lengths[text] for text in texts], width)
+            slots = torch.zeros(len(shelves), width, dtype=torch.long)
+            owner = torch.full((len(shelves), width), -1, dtype=torch.long)
+            for shelf, members in enumerate(shelves):
+                at = 0
+                for member in members:
+                    text = texts[member]
+                    start, length = self.starts[text], self.lengths[text]
+                    slots[shelf, at : at + length] = torch.arange(start, start + length)
+                    owner[shelf, at : at + length] = text
+                    places[start : start + length] = torch.arange(length) + before + shelf * width + at
+                    at += length
+            sees = (owner[:, :, None] == owner[:, None, :]) & (owner >= 0)[:, :, None] & torch.ones(width, width).tril().bool()
+            sees |= torch.eye(width, dtype=torch.bool)
+            mask = torch.zeros(sees.shape).masked_fill_(~sees, float("-inf"))
+            blocks.append(Block(slots.flatten().to(device), mask.to(device, dtype), width))
+            before += slots.numel()
+        return blocks, places.to(device)
+
+
+def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Best-fit decreasing: bins of indices, each at most `room` long unless one item alone is longer.
+
+    The longest goes first, each into the fullest bin that still has room; ties keep their order, so the result is a pure
+    function of the lengths. At most 11/9 of the fewest bins possible, and one (Johnson 1973).
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    bins: list[list[int]] = []
+    left: list[int] = []
+    for i in order:
+        fitting = [b for b, space in enumerate(left) if space >= lengths[i]]
+        if fitting:
+            best = min(fitting, key=lambda b: left[b])
+            bins[best].append(i)
+            left[best] -= lengths[i]
+        else:
+            bins.append([i])
+            left.append(room - lengths[i])
+    return bins
+
+
+# The layout of the row at work. A plain global: the backward pass may run in threads of autograd's own.
+_layout: Layout | None = None
+
+
+@contextlib.contextmanager
+def packed(lengths: Sequence[int]) -> Iterator[Layout]:
+    """Inside, attention over a single row of sum(lengths) tokens keeps its texts apart. Holds for the backward pass too, which
+    may compute layers again."""
+    global _layout
+    before, _layout = _layout, Layout(lengths)
+    try:
+        yield _layout
+    finally:
+        _layout = before
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """`query` (batch, heads, tokens, width), `key` and `value` with the same or fewer heads -> (batch, tokens, heads, width).
+
+    Raises `NotImplementedError` for a model whose scores are changed in ways that are not computed here.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    layout = _layout
+    if layout is None or query.shape[0] != 1 or query.shape[2] != layout.total or key.shape[2] != layout.total:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    if changed := [name for name in UNSUPPORTED if options.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(changed)}")
+    if attention_mask is not None:  # a window that is shorter than a text
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):
+        kind = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout:
+        return _varlen(query, key, value, layout, scale)[None], None
+    out: torch.Tensor = _PackedAttention.apply(query[0], key[0], value[0], layout, scale, dropout)  # type: ignore[no-untyped-call]
+    return out[None], None
+
+
+def packed_mask(
+    batch_size: int, q_length: int, kv_length: int, *, local_size: int | None = None, **options: Any
+) -> torch.Tensor | None:
+    """transformers' mask for `packed_attention`: none for a packed row, unless a window is shorter than one of its texts."""
+    from transformers.masking_utils import sdpa_mask
+
+    layout = _layout
+    whole = layout is not None and batch_size == 1 and q_length == kv_length == layout.total
+    if layout is not None and whole and (local_size is None or layout.longest <= local_size):
+        return None
+    return sdpa_mask(batch_size, q_length, kv_length, local_size=local_size, **options)
+
+
+def register() -> str:
+    """Make the attention known to transformers; the name to set as a model's `attn_implementation`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, packed_mask)
+    return NAME
+
+
+def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
+    """PyTorch's flash attention over texts of different lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = layout.cumulative(query.device)
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        ends,
+        ends,
+        layout.longest,
+        layout.longest,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+class _PackedAttention(torch.autograd.Function):
+    """(heads, tokens, width) three times -> (tokens, heads, width)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, dropout: float
+    ) -> torch.Tensor:
+        heads, tokens, width = query.shape
+        groups = heads // key.shape[0]
+        blocks, places = layout.blocks(query.device, query.dtype)
+        kept: list[torch.Tensor | None] = []  # which weights dropout leaves
+        with torch.autocast(query.device.type, enabled=False):
+            found = []
+            for block in blocks:
+                q, k, v = _gathered(query, block, 1), _gathered(key, block, groups), _gathered(value, block, groups)
+                weights = _weights(q, k, block.mask.repeat(heads, 1, 1), scale)
+                kept.append(_draw(weights, dropout))
+                found.append(torch.bmm(_dropped(weights, kept[-1], dropout), v).view(heads, -1, width))
+            out = _scattered(found, places, heads, tokens, width, query)
+            for start, end in layout.long:
+                k, v = (side[:, start:end].repeat_interleave(groups, dim=0) for side in (key, value))
+                for first, last in _stretches(end - start):
+                    weights = _weights(query[:, start + first : start + last], k[:, :last], _causal(first, last, query), scale)
+                    kept.append(_draw(weights, dropout))
+                    weights = _dropped(weights, kept[-1], dropout)
+                    out[start + first : start + last] = torch.bmm(weights, v[:, :last]).transpose(0, 1)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.layout, ctx.scale, ctx.dropout = layout, scale, dropout
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        query, key, value, *kept = ctx.saved_tensors
+        layout, scale, dropout = ctx.layout, ctx.scale, ctx.dropout
+        heads, tokens, width = query.shape
+        groups = heads // key.shape[0]
+        blocks, places = layout.blocks(query.device, query.dtype)
+        grad = grad.to(query.dtype).transpose(0, 1)
+        parts: tuple[list[torch.Tensor], ...] = ([], [], [])
+        with torch.autocast(query.device.type, enabled=False):
+            for block, keep in zip(blocks, kept, strict=False):
+                q, k, v = _gathered(query, block, 1), _gathered(key, block, groups), _gathered(value, block, groups)
+                mask, grad_out = block.mask.repeat(heads, 1, 1), _gathered(grad, block, 1)
+                for part, found in zip(parts, _backward(q, k, v, grad_out, mask, scale, keep, dropout), strict=True):
+                    part.append(found.view(heads, -1, width))
+            grads = [_scattered(part, places, heads, tokens, width, query).transpose(0, 1) for part in parts]
+            of_long = iter(kept[len(blocks) :])
+            for start, end in layout.long:
+                k, v = (side[:, start:end].repeat_interleave(groups, dim=0) for side in (key, value))
+                # Each stretch adds to the keys before it: in 16 bits every addition would round.
+                sums = torch.zeros(2, *k.shape, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
+                for first, last in _stretches(end - start):
+                    here, mask = slice(start + first, start + last), _causal(first, last, query)
+                    sides = query[:, here], k[:, :last], v[:, :last], grad[:, here]
+                    dq, dk, dv = _backward(*sides, mask, scale, next(of_long), dropout)
+                    grads[0][:, here] = dq
+                    sums[0, :, :last] += dk
+                    sums[1, :, :last] += dv
+                grads[1][:, start:end], grads[2][:, start:end] = sums.to(query.dtype)
+            if groups > 1:
+                grads[1:] = [side.reshape(-1, groups, tokens, width).sum(dim=1) for side in grads[1:]]
+        return grads[0], grads[1], grads[2], None, None, None
+
+
+def _gathered(side: torch.Tensor, block: Block, groups: int) -> torch.Tensor:
+    """(heads, tokens, width) -> (heads x blocks, block width, width), each key and value head once per query head of its group."""
+    found = side.index_select(1, block.slots)
+    if groups > 1:
+        found = found.repeat_interleave(groups, dim=0)
+    return found.view(-1, block.width, side.shape[-1])
+
+
+def _scattered(
+    found: list[torch.Tensor], places: torch.Tensor, heads: int, tokens: int, width: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Results of all blocks (heads, places, width) back in the order of tokens: (tokens, heads, width)."""
+    if not found:
+        return like.new_empty(tokens, heads, width)
+    together = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    return together.transpose(0, 1).index_select(0, places)
+
+
+def _stretches(length: int) -> list[tuple[int, int]]:
+    return [(first, min(first + STRETCH, length)) for first in range(0, length, STRETCH)]
+
+
+def _causal(first: int, last: int, like: torch.Tensor) -> torch.Tensor:
+    """(1, last - first, last): queries first..last against keys 0..last."""
+    mask = torch.zeros(last - first, last, dtype=like.dtype, device=like.device)
+    mask[:, first:] = torch.full((last - first, last - first), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)
+    return mask[None]
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    return torch.softmax(torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale), dim=-1)
+
+
+def _draw(weights: torch.Tensor, dropout: float) -> torch.Tensor | None:
+    return torch.rand(weights.shape, device=weights.device) >= dropout if dropout else None
+
+
+def _dropped(weights: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    return weights if keep is None else weights * keep / (1 - dropout)
+
+
+def _backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grad: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    keep: torch.Tensor | None,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of queries, keys and values of one batch of blocks."""
+    weights = _weights(query, key, mask, scale)
+    grad_value = torch.bmm(_dropped(weights, keep, dropout).transpose(1, 2), grad)
+    grad_weights = _dropped(torch.bmm(grad, value.transpose(1, 2)), keep, dropout)
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    nothing = query.new_empty(())
+    grad_query = torch.baddbmm(nothing, grad_scores, key, beta=0, alpha=scale)
+    grad_key = torch.baddbmm(nothing, grad_scores.transpose(1, 2), query, beta=0, alpha=scale)
+    return grad_query, grad_key, grad_value
