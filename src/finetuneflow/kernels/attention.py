@@ -7,8 +7,8 @@
 mask would cost total² per head; here the cost of a text is its own length squared. Short texts share blocks of 64, 128, … tokens,
 so that a few batched products serve all of them; long ones go by stretches of queries against the keys before them.
 
-Scores are computed and softmax is taken as in transformers' eager attention (fp32 inside, weights in the compute type); the
-backward pass computes the weights again instead of keeping them.
+Scores are computed and softmax is taken as in transformers' eager attention (fp32 inside, weights in the compute type). The
+backward pass computes the weights of longer texts again instead of keeping them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import torch
 NAME = "finetuneflow_packed"
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 512
 STRETCH = 256  # queries of a long text that are computed together
+KEPT_WIDTH = 128  # weights of blocks up to this width are kept for the backward pass: less than what a layer keeps anyway
 # What changes scores in ways that are not computed here; a model that passes one of these keeps its own attention.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Block:
     """Texts of like length, several to a block. `slots` (blocks x width,): the token in each place (any token where none belongs);
     `mask` (blocks, width, width): 0 where a query sees a key, else -inf. A place without a token sees itself alone."""
@@ -36,6 +37,30 @@ class Block:
     slots: torch.Tensor
     mask: torch.Tensor
     width: int
+
+    def mask_of(self, heads: int, groups: int) -> torch.Tensor:
+        """The mask for `heads` key heads, each with `groups` query heads one below the other: (heads x blocks, groups x width, width).
+        Made once: all layers have the same heads."""
+        key = (heads, groups)
+        if key not in self._repeated:
+            self._repeated[key] = self.mask.repeat(heads, groups, 1)
+        return self._repeated[key]
+
+    @cached_property
+    def _repeated(self) -> dict[tuple[int, int], torch.Tensor]:
+        return {}
+
+    def gather(self, side: torch.Tensor, heads: int) -> torch.Tensor:
+        """(tokens, heads x groups, features) -> (heads x blocks, groups x width, features)."""
+        features = side.shape[-1]
+        places = side.index_select(0, self.slots).view(-1, self.width, heads, side.shape[1] // heads, features)
+        return places.permute(2, 0, 3, 1, 4).reshape(heads * len(places), -1, features)
+
+    def places(self, found: torch.Tensor, heads: int) -> torch.Tensor:
+        """The other way round, by place: (blocks x width, heads x groups x features)."""
+        blocks = len(self.mask)
+        split = found.view(heads, blocks, -1, self.width, found.shape[-1])
+        return split.permute(1, 3, 0, 2, 4).reshape(blocks * self.width, -1)
 
 
 class Layout:
@@ -171,7 +196,8 @@ def packed_attention(
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
     if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout:
         return _varlen(query, key, value, layout, scale)[None], None
-    out: torch.Tensor = _PackedAttention.apply(query[0], key[0], value[0], layout, scale, dropout)  # type: ignore[no-untyped-call]
+    sides = (side[0].transpose(0, 1) for side in (query, key, value))
+    out: torch.Tensor = _PackedAttention.apply(*sides, layout, scale, dropout)  # type: ignore[no-untyped-call]
     return out[None], None
 
 
@@ -220,31 +246,34 @@ def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout:
 
 
 class _PackedAttention(torch.autograd.Function):
-    """(heads, tokens, width) three times -> (tokens, heads, width)."""
+    """(tokens, heads, features) three times, keys and values with fewer heads where queries share them -> as the queries.
+
+    Query heads that share a key head stand below one another in one product.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, dropout: float
     ) -> torch.Tensor:
-        heads, tokens, width = query.shape
-        groups = heads // key.shape[0]
+        heads, groups = key.shape[1], query.shape[1] // key.shape[1]
         blocks, places = layout.blocks(query.device, query.dtype)
-        kept: list[torch.Tensor | None] = []  # which weights dropout leaves
+        kept: list[torch.Tensor | None] = []  # of each block and stretch its weights, if they are narrow, and what dropout leaves
         with torch.autocast(query.device.type, enabled=False):
             found = []
             for block in blocks:
-                q, k, v = _gathered(query, block, 1), _gathered(key, block, groups), _gathered(value, block, groups)
-                weights = _weights(q, k, block.mask.repeat(heads, 1, 1), scale)
-                kept.append(_draw(weights, dropout))
-                found.append(torch.bmm(_dropped(weights, kept[-1], dropout), v).view(heads, -1, width))
-            out = _scattered(found, places, heads, tokens, width, query)
+                q, k, v = (block.gather(side, heads) for side in (query, key, value))
+                weights = _weights(q, k, block.mask_of(heads, groups), scale)
+                kept += [weights if block.width <= KEPT_WIDTH else None, _draw(weights, dropout)]
+                found.append(block.places(torch.bmm(_dropped(weights, kept[-1], dropout), v), heads))
+            out = _in_order(found, places, query)
             for start, end in layout.long:
-                k, v = (side[:, start:end].repeat_interleave(groups, dim=0) for side in (key, value))
+                k, v = (side[start:end].transpose(0, 1) for side in (key, value))
                 for first, last in _stretches(end - start):
-                    weights = _weights(query[:, start + first : start + last], k[:, :last], _causal(first, last, query), scale)
-                    kept.append(_draw(weights, dropout))
-                    weights = _dropped(weights, kept[-1], dropout)
-                    out[start + first : start + last] = torch.bmm(weights, v[:, :last]).transpose(0, 1)
+                    here = slice(start + first, start + last)
+                    weights = _weights(_stacked(query[here], heads), k[:, :last], _causal(first, last, groups, query), scale)
+                    kept += [None, _draw(weights, dropout)]
+                    result = torch.bmm(_dropped(weights, kept[-1], dropout), v[:, :last])
+                    out[here] = _unstacked(result, groups)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.layout, ctx.scale, ctx.dropout = layout, scale, dropout
         return out
@@ -253,63 +282,67 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         query, key, value, *kept = ctx.saved_tensors
         layout, scale, dropout = ctx.layout, ctx.scale, ctx.dropout
-        heads, tokens, width = query.shape
-        groups = heads // key.shape[0]
+        heads, groups = key.shape[1], query.shape[1] // key.shape[1]
         blocks, places = layout.blocks(query.device, query.dtype)
-        grad = grad.to(query.dtype).transpose(0, 1)
+        grad = grad.to(query.dtype)
         parts: tuple[list[torch.Tensor], ...] = ([], [], [])
+        remaining = iter(kept)
         with torch.autocast(query.device.type, enabled=False):
-            for block, keep in zip(blocks, kept, strict=False):
-                q, k, v = _gathered(query, block, 1), _gathered(key, block, groups), _gathered(value, block, groups)
-                mask, grad_out = block.mask.repeat(heads, 1, 1), _gathered(grad, block, 1)
-                for part, found in zip(parts, _backward(q, k, v, grad_out, mask, scale, keep, dropout), strict=True):
-                    part.append(found.view(heads, -1, width))
-            grads = [_scattered(part, places, heads, tokens, width, query).transpose(0, 1) for part in parts]
-            of_long = iter(kept[len(blocks) :])
+            for block in blocks:
+                q, k, v, grad_out = (block.gather(side, heads) for side in (query, key, value, grad))
+                weights = next(remaining)
+                if weights is None:
+                    weights = _weights(q, k, block.mask_of(heads, groups), scale)
+                for part, found in zip(
+                    parts, _backward(q, k, v, grad_out, weights, scale, next(remaining), dropout), strict=True
+                ):
+                    part.append(block.places(found, heads))
+            grads = [_in_order(part, places, like) for part, like in zip(parts, (query, key, value), strict=True)]
             for start, end in layout.long:
-                k, v = (side[:, start:end].repeat_interleave(groups, dim=0) for side in (key, value))
+                k, v = (side[start:end].transpose(0, 1) for side in (key, value))
                 # Each stretch adds to the keys before it: in 16 bits every addition would round.
                 sums = torch.zeros(2, *k.shape, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
                 for first, last in _stretches(end - start):
-                    here, mask = slice(start + first, start + last), _causal(first, last, query)
-                    sides = query[:, here], k[:, :last], v[:, :last], grad[:, here]
-                    dq, dk, dv = _backward(*sides, mask, scale, next(of_long), dropout)
-                    grads[0][:, here] = dq
+                    here = slice(start + first, start + last)
+                    q, grad_out = _stacked(query[here], heads), _stacked(grad[here], heads)
+                    next(remaining)
+                    weights = _weights(q, k[:, :last], _causal(first, last, groups, query), scale)
+                    dq, dk, dv = _backward(q, k[:, :last], v[:, :last], grad_out, weights, scale, next(remaining), dropout)
+                    grads[0][here] = _unstacked(dq, groups)
                     sums[0, :, :last] += dk
                     sums[1, :, :last] += dv
-                grads[1][:, start:end], grads[2][:, start:end] = sums.to(query.dtype)
-            if groups > 1:
-                grads[1:] = [side.reshape(-1, groups, tokens, width).sum(dim=1) for side in grads[1:]]
+                grads[1][start:end], grads[2][start:end] = sums.to(query.dtype).transpose(1, 2)
         return grads[0], grads[1], grads[2], None, None, None
 
 
-def _gathered(side: torch.Tensor, block: Block, groups: int) -> torch.Tensor:
-    """(heads, tokens, width) -> (heads x blocks, block width, width), each key and value head once per query head of its group."""
-    found = side.index_select(1, block.slots)
-    if groups > 1:
-        found = found.repeat_interleave(groups, dim=0)
-    return found.view(-1, block.width, side.shape[-1])
-
-
-def _scattered(
-    found: list[torch.Tensor], places: torch.Tensor, heads: int, tokens: int, width: int, like: torch.Tensor
-) -> torch.Tensor:
-    """Results of all blocks (heads, places, width) back in the order of tokens: (tokens, heads, width)."""
+def _in_order(found: list[torch.Tensor], places: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Results of all blocks, by place, in the order of tokens and the shape of `like`; of long texts nothing that counts."""
     if not found:
-        return like.new_empty(tokens, heads, width)
-    together = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-    return together.transpose(0, 1).index_select(0, places)
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    together = found[0] if len(found) == 1 else torch.cat(found)
+    return together.index_select(0, places).view(like.shape)
+
+
+def _stacked(side: torch.Tensor, heads: int) -> torch.Tensor:
+    """(tokens, heads x groups, features) -> (heads, groups x tokens, features)."""
+    tokens, _, features = side.shape
+    return side.reshape(tokens, heads, -1, features).permute(1, 2, 0, 3).reshape(heads, -1, features)
+
+
+def _unstacked(side: torch.Tensor, groups: int) -> torch.Tensor:
+    heads, _, features = side.shape
+    return side.view(heads, groups, -1, features).permute(2, 0, 1, 3).reshape(-1, heads * groups, features)
 
 
 def _stretches(length: int) -> list[tuple[int, int]]:
     return [(first, min(first + STRETCH, length)) for first in range(0, length, STRETCH)]
 
 
-def _causal(first: int, last: int, like: torch.Tensor) -> torch.Tensor:
-    """(1, last - first, last): queries first..last against keys 0..last."""
+def _causal(first: int, last: int, groups: int, like: torch.Tensor) -> torch.Tensor:
+    """(1, groups x (last - first), last): queries first..last, once per group, against keys 0..last."""
     mask = torch.zeros(last - first, last, dtype=like.dtype, device=like.device)
     mask[:, first:] = torch.full((last - first, last - first), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)
-    return mask[None]
+    return mask.repeat(groups, 1)[None]
 
 
 def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
@@ -329,13 +362,12 @@ def _backward(
     key: torch.Tensor,
     value: torch.Tensor,
     grad: torch.Tensor,
-    mask: torch.Tensor,
+    weights: torch.Tensor,
     scale: float,
     keep: torch.Tensor | None,
     dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys and values of one batch of blocks."""
-    weights = _weights(query, key, mask, scale)
     grad_value = torch.bmm(_dropped(weights, keep, dropout).transpose(1, 2), grad)
     grad_weights = _dropped(torch.bmm(grad, value.transpose(1, 2)), keep, dropout)
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)

@@ -350,10 +350,11 @@ ROWS_CUT_TOGETHER = 256
 
 
 def autocast_of(setup: Setup) -> Any:
-    """The mixed precision that accelerate wraps a forward pass in."""
+    """The mixed precision that accelerate wraps a forward pass in; without its cache, which would outlive a change of the weights."""
     import torch
 
-    return torch.autocast(setup.device, dtype=getattr(torch, setup.compute_dtype), enabled=setup.compute_dtype != "float32")
+    dtype = getattr(torch, setup.compute_dtype)
+    return torch.autocast(setup.device, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 def _preference_trainer(
