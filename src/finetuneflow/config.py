@@ -162,6 +162,11 @@ class Training(Section):
         "auto",
         description="`auto`: the fast path, as far as it is proven equal on the model at the start of the run; `reference`: the plain one.",
     )
+    fuse_loops: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Compile norms, rotary positions and gates into single loops (sft, pretrain): `auto`: where the run is long enough "
+        "to earn the compile time back, as measured once on this machine.",
+    )
     token_budget: int | None = Field(
         None,
         ge=1,

@@ -103,6 +103,15 @@ def load_materials(config: RunConfig, workspace: Workspace, emit: Emit) -> Mater
     )
 
 
+def tokens_of(config: RunConfig, prepared: Prepared) -> int:
+    """Tokens that a run over these rows will see, about."""
+    lengths, training = prepared.train["length"], config.training
+    rows = training.epochs * len(lengths)
+    if training.max_steps is not None:
+        rows = min(rows, training.max_steps * training.effective_batch)
+    return round(rows * sum(lengths) / max(len(lengths), 1))
+
+
 # --- training ---------------------------------------------------------------------------------------
 
 
@@ -311,6 +320,7 @@ def _supervised_trainer(
     emit: Emit,
 ) -> Any:
     from finetuneflow.data.batches import StepCollator
+    from finetuneflow.kernels.elementwise import use_compiled
     from finetuneflow.models.fast import describe, prepare_fast
     from finetuneflow.training.trainer import SupervisedTrainer
 
@@ -322,6 +332,7 @@ def _supervised_trainer(
         fast = None
         emit("decision", setting="training.speed", value="reference", reason="The plain path, as asked.")
     else:
+        use_compiled(setup.fuse_loops)
         with autocast_of(setup):
             fast = prepare_fast(model.to(setup.device))
         emit("decision", setting="training.speed", value="auto", reason=describe(fast))

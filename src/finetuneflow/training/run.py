@@ -151,7 +151,7 @@ def execute(
     from finetuneflow.training import objectives
     from finetuneflow.training.energy import measured_energy
     from finetuneflow.training.preflight import preflight
-    from finetuneflow.training.setup import apply_setup, choose_setup
+    from finetuneflow.training.setup import apply_setup, choose_setup, settle_fusing
 
     # Check: what this machine can do, and every substitution said aloud.
     emit("phase", name="checking")
@@ -173,6 +173,11 @@ def execute(
     if replay := prepared.manifest.get("replay"):
         reason = f"{replay['examples']:,} of {prepared.manifest['train_examples']:,} training examples ({replay['share']:.1%}) are replayed."
         emit("decision", setting="data.replay_share", value=config.data.replay_share, reason=reason)
+
+    num_tokens = objectives.tokens_of(config, prepared)
+    before = earlier.get("setup", {}).get("fuse_loops") if resuming else None
+    setup, fusing = settle_fusing(config, setup, num_tokens, workspace.cache_dir, earlier=before)
+    emit("decision", setting=fusing.setting, value=fusing.value, reason=fusing.reason)
 
     # A resume goes on only where nothing that shapes the result has changed; until then it writes nothing.
     current = fingerprint(

@@ -6,12 +6,14 @@ The rules themselves are in `knowledge/resolve.py`; here they meet the device th
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from finetuneflow.config import RunConfig
 from finetuneflow.errors import HardwareError
+from finetuneflow.knowledge.objectives import traits_of
 from finetuneflow.knowledge.resolve import Decision, resolve_on
 from finetuneflow.models.new import is_fresh
 
@@ -28,6 +30,7 @@ class Setup:
     learning_rate: float
     threads: int
     decisions: tuple[Decision, ...]
+    fuse_loops: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,6 +93,62 @@ def _choose_threads(config: RunConfig, device: str, earlier: int | None, decisio
     return choice.threads
 
 
+# Seconds that fused loops save per token, layer and unit of hidden width, of two cores of a server; only to tell whether measuring
+# them on this machine can be worth its own compile time.
+TYPICAL_SAVING = 5e-9
+FUSING_FILE = "fusing.json"
+
+
+def settle_fusing(
+    config: RunConfig, setup: Setup, num_tokens: int, cache_dir: Path, *, earlier: bool | None = None
+) -> tuple[Setup, Decision]:
+    """Whether loops are compiled in this run of `num_tokens` tokens. `earlier` repeats the choice of the attempt before, for compiled
+    loops round in another order."""
+    chosen, reason = _fusing(config, setup, num_tokens, cache_dir) if earlier is None else (earlier, "As before.")
+    return replace(setup, fuse_loops=chosen), Decision("training.fuse_loops", "on" if chosen else "off", reason)
+
+
+def _fusing(config: RunConfig, setup: Setup, num_tokens: int, cache_dir: Path) -> tuple[bool, str]:
+    wanted = config.training.fuse_loops
+    if config.training.speed == "reference" or traits_of(config).family != "supervised":
+        return False, "Only the fast path of sft and pretrain has loops to fuse."
+    if wanted != "auto":
+        return wanted == "on", "As asked."
+    if setup.device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        return False, "No C++ compiler is installed here (g++ or clang++)."
+    work = num_tokens * _model_figure(config, LAYERS, TYPICAL_LAYERS) * _hidden_size(config)
+    if work * TYPICAL_SAVING < 3 * COMPILE_SECONDS:
+        return False, f"The run is short: compiling would cost more than the {work * TYPICAL_SAVING:.0f} s it saves."
+    measured = _measured_fusing(setup, cache_dir / FUSING_FILE)
+    saved, cost = work * measured["saved_per_unit"], measured["compile_seconds"]
+    told = f"it saves about {saved:.0f} s of this run and takes {cost:.0f} s once (measured on this machine)"
+    return (True, f"{told[0].upper()}{told[1:]}.") if saved > 2 * cost else (False, f"Not worth it: {told}.")
+
+
+def _measured_fusing(setup: Setup, path: Path) -> dict[str, float]:
+    """What fusing saves here, from the file of earlier runs or measured now."""
+    import torch
+
+    from finetuneflow.hardware import probe
+    from finetuneflow.kernels.elementwise import measure_fusing
+    from finetuneflow.workspace import write_json
+
+    key = f"{torch.__version__} {probe(ask_torch=False).cpu.model} {setup.device} {setup.threads} {setup.compute_dtype}"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known, dict) or not isinstance(known.get(key), dict):
+        before = torch.get_num_threads()
+        torch.set_num_threads(setup.threads)
+        measured = measure_fusing(torch.device(setup.device), getattr(torch, setup.compute_dtype))
+        torch.set_num_threads(before)
+        known = {**(known if isinstance(known, dict) else {}), key: measured}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    return dict(known[key])
+
+
 def apply_setup(setup: Setup, *, seed: int) -> None:
     """Set what is global in a process: threads and random state."""
     import torch
@@ -100,16 +159,22 @@ def apply_setup(setup: Setup, *, seed: int) -> None:
 
 
 CALIBRATION_TOKENS = 1024
-TYPICAL_HIDDEN_SIZE = 1024
+TYPICAL_HIDDEN_SIZE, TYPICAL_LAYERS = 1024, 24
+WIDTH, LAYERS = ("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer")
+COMPILE_SECONDS = 12.0  # of all loops, on two cores of a server
 
 
 def _hidden_size(config: RunConfig) -> int:
-    """The base model's width, where its config lies on this disk; a typical one where it is still to be downloaded."""
+    return _model_figure(config, WIDTH, TYPICAL_HIDDEN_SIZE)
+
+
+def _model_figure(config: RunConfig, names: tuple[str, ...], typical: int) -> int:
+    """A figure of the base model's config, where it lies on this disk; a typical one where it is still to be downloaded."""
     from finetuneflow.models.starter import starter_path
 
     folder = starter_path() if config.model.base == "starter" else Path(config.model.base)
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return TYPICAL_HIDDEN_SIZE
-    return int(values.get("hidden_size") or values.get("n_embd") or values.get("d_model") or TYPICAL_HIDDEN_SIZE)
+        return typical
+    return int(next((values[name] for name in names if values.get(name)), typical))
