@@ -246,7 +246,7 @@ def test_an_error_inside_a_stream_reaches_the_reader(monkeypatch: pytest.MonkeyP
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(generator.model, "generate", fail)
+    monkeypatch.setattr(generator.model, "forward", fail)
     with pytest.raises(RuntimeError, match="out of order"):
         list(generator.stream(PROMPTS[0]))
 

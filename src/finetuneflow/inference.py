@@ -18,7 +18,7 @@ import itertools
 import queue
 import random
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -265,9 +265,8 @@ class Generator:
         """Answer one batch of token ids, left padded, in one go."""
         ending = self.ending
         with self.ready():
-            output = self._run(prompts, decoding)
-        width = max(map(len, prompts))
-        cuts = [ending.cut(row[width:]) for row in output.tolist()]
+            rows = self._run(prompts, decoding)
+        cuts = [ending.cut(row) for row in rows]
         return [
             Generation(text.strip(), tuple(kept), stopped, len(prompt))
             for (kept, text, stopped), prompt in zip(cuts, prompts, strict=True)
@@ -298,7 +297,7 @@ class Generator:
         def work() -> None:
             try:
                 with self.ready():
-                    self._run([prompt], decoding, streamer=_QueueStreamer(arriving), cancelled=cancelled)
+                    self._run([prompt], decoding, on_token=arriving.put, cancelled=cancelled)
                 arriving.put(None)
             except BaseException as error:  # handed to the consumer, which raises it
                 arriving.put(error)
@@ -319,27 +318,46 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         decoding: Decoding,
         *,
-        streamer: Any = None,
+        on_token: Callable[[int], None] | None = None,
         cancelled: threading.Event | None = None,
-    ) -> torch.Tensor:
+    ) -> list[list[int]]:
+        """Token ids of the answers, those that end them included; `generate` leaves some behind an end too."""
+        from finetuneflow.decode_loop import Greedy, answer_rows, serves
+
+        ids, mask = left_padded(prompts, self.tokenizer.pad_token_id or 0, device=self.model.device)
+        limit = min(decoding.max_new_tokens, self.context_length - ids.shape[1])
+        sampling = SeededSampling(decoding, prompts) if decoding.temperature > 0 else None
+        if not serves(self.model):
+            return self._run_generate(ids, mask, limit, sampling, on_token=on_token, cancelled=cancelled)
+        choice, ended = sampling or Greedy(), self.ending.ended
+        return answer_rows(self.model, ids, mask, limit=limit, choice=choice, ended=ended, on_token=on_token, cancelled=cancelled)
+
+    def _run_generate(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        limit: int,
+        sampling: SeededSampling | None,
+        *,
+        on_token: Callable[[int], None] | None,
+        cancelled: threading.Event | None,
+    ) -> list[list[int]]:
+        """The same by transformers' own loop, which knows every model."""
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         pad = self.tokenizer.pad_token_id or 0
-        ids, mask = left_padded(prompts, pad, device=self.model.device)
-        room = self.context_length - ids.shape[1]
-        length = min(decoding.max_new_tokens, room)
-        settings = GenerationConfig(max_new_tokens=length, do_sample=False, use_cache=True, pad_token_id=pad)  # type: ignore[no-untyped-call]
-        processors = [SeededSampling(decoding, prompts)] if decoding.temperature > 0 else []
+        settings = GenerationConfig(max_new_tokens=limit, do_sample=False, use_cache=True, pad_token_id=pad)  # type: ignore[no-untyped-call]
         stop = StopAt(self.ending, prompt_width=ids.shape[1], cancelled=cancelled)
         with plain_defaults(self.model, settings):
-            return self.model.generate(  # type: ignore[no-any-return]
+            output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=settings,
-                logits_processor=LogitsProcessorList(processors),
+                logits_processor=LogitsProcessorList([sampling] if sampling else []),
                 stopping_criteria=StoppingCriteriaList([stop]),
-                streamer=streamer,
+                streamer=_Streamer(on_token) if on_token else None,
             )
+        return output[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 
 # --- the parts of a generation step -----------------------------------------------------------
@@ -398,9 +416,19 @@ class Ending:
         done = torch.isin(newest, torch.tensor(sorted(self.tokens), dtype=newest.dtype, device=newest.device))
         if not self.text:
             return done
-        # The end has at most one token per byte; four more for what it may have merged with.
-        tails = answers[:, -(len(self.text.encode()) + 4) :].tolist()
-        return done | torch.tensor([self.text in decode(self.tokenizer, tail) for tail in tails], device=done.device)
+        return done | torch.tensor([self._text_in(tail) for tail in answers[:, -self._tail :].tolist()], device=done.device)
+
+    def ended(self, answer: Sequence[int]) -> bool:
+        """Whether the newest token of this answer completes an end."""
+        return answer[-1] in self.tokens or (bool(self.text) and self._text_in(answer[-self._tail :]))
+
+    @property
+    def _tail(self) -> int:
+        """Tokens that `text` may lie in: at most one per byte; four more for what it may have merged with."""
+        return len(self.text.encode()) + 4
+
+    def _text_in(self, ids: Sequence[int]) -> bool:
+        return self.text in decode(self.tokenizer, ids)
 
 
 class StopAt:
@@ -421,7 +449,7 @@ class StopAt:
 
 
 class SeededSampling:
-    """Draw each row's token from its own random stream; what is left of the scores is that one token.
+    """Draw each row's token from its own random stream. As a processor of `generate`, it leaves that token of the scores alone.
 
     A row's stream depends on the seed and its prompt alone, so batches, their order and resumes do not change an answer.
     """
@@ -432,12 +460,20 @@ class SeededSampling:
         self.streams = [random.Random(f"{decoding.seed}:{list(prompt)}") for prompt in prompts]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, float("-inf")).scatter(1, self.draw(scores)[:, None], 0.0)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on, in this order."""
+        self.streams = [self.streams[row] for row in rows]
+
+    def draw(self, scores: torch.Tensor) -> torch.Tensor:
+        """One token per row of scores."""
         probabilities, order = torch.softmax(scores.double() / self.temperature, dim=-1).sort(dim=-1, descending=True)
         before = probabilities.cumsum(dim=-1) - probabilities
         total = torch.where(before < self.top_p, probabilities, 0.0).cumsum(dim=-1)
         drawn = torch.tensor([[stream.random()] for stream in self.streams], dtype=total.dtype, device=total.device)
         place = torch.searchsorted(total, drawn * total[:, -1:], right=True).clamp(max=total.shape[1] - 1)
-        return torch.full_like(scores, float("-inf")).scatter(1, order.gather(1, place), 0.0)
+        return order.gather(1, place)[:, 0]
 
 
 @contextlib.contextmanager
@@ -454,17 +490,17 @@ def plain_defaults(model: Any, settings: Any) -> Iterator[None]:
             owner.generation_config = kept
 
 
-class _QueueStreamer:
-    """Puts generated token ids into a queue; the first call brings the prompt, which is passed over."""
+class _Streamer:
+    """Tells of generated token ids one by one; the first call brings the prompt, which is passed over."""
 
-    def __init__(self, target: queue.Queue[Any]) -> None:
-        self.target = target
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self.on_token = on_token
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if self.prompt_seen:
             for token in value.reshape(-1).tolist():
-                self.target.put(token)
+                self.on_token(token)
         self.prompt_seen = True
 
     def end(self) -> None:
