@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-NAMES = ("data_check", "sft_against_trl", "adapters_135m", "memory", "scan")
+NAMES = ("data_check", "sft_against_trl", "adapters_135m", "memory", "scan", "speed")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run all benchmarks, or those named.")

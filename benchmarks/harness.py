@@ -15,14 +15,26 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def run_contender(module: str, *arguments: str) -> dict[str, Any]:
-    """Run `python -m module arguments…`; its last line of output is its result as JSON."""
+class ContenderFailed(SystemExit):
+    """A contender that left no result; `reason` is the last thing it said. Ends a benchmark that does not expect it."""
+
+    def __init__(self, what: str, errors: str) -> None:
+        super().__init__(f"{what} failed:\n{errors[-2000:]}")
+        last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "no output")
+        self.reason = last.replace(str(Path.home()), "~")[:500]  # it stands in results
+
+
+def run_contender(module: str, *arguments: str, python: str = sys.executable, time_limit: float | None = None) -> dict[str, Any]:
+    """Run `python -m module arguments…`; its last line of output is its result as JSON. Raises `ContenderFailed`."""
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=environment, check=False
-    )
+    command, what = [python, "-m", module, *arguments], f"{module} {' '.join(arguments)}"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=time_limit)
+    except subprocess.TimeoutExpired as error:
+        raise ContenderFailed(what, f"no result within {time_limit:.0f} seconds") from error
     if done.returncode:
-        raise SystemExit(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+        said = f"killed by signal {-done.returncode}" if done.returncode < 0 else ""
+        raise ContenderFailed(what, "\n".join(filter(None, [done.stderr.strip(), said])))
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -39,8 +51,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:
+    print(json.dumps(save_result(name, result), indent=2))
+
+
+def save_result(name: str, result: dict[str, Any]) -> dict[str, Any]:
     RESULTS.mkdir(exist_ok=True)
     machine = {"platform": platform.platform(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
     value = {"benchmark": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, **result}
     (RESULTS / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
-    print(json.dumps(value, indent=2))
+    return value

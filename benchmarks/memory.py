@@ -330,6 +330,7 @@ def main(*arguments: str) -> None:
     parser.add_argument(
         "--only", choices=("fit", "held-out"), help="measure these settings alone; the others keep their stored figures"
     )
+    parser.add_argument("--objective", help="measure the settings of this objective alone")
     parser.add_argument("--again", action="store_true", help="predict anew, measure nothing")
     options = parser.parse_args(arguments)
     name = "memory" if options.device == "cpu" else "memory_cuda"
@@ -340,6 +341,7 @@ def main(*arguments: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for index, setting in enumerate(SETTINGS):
             chosen = not options.again and options.only in (None, "held-out" if setting.held_out else "fit")
+            chosen = chosen and options.objective in (None, setting.objective)
             if chosen:
                 if setting.shape != "starter" and not (Path(folder) / setting.shape).is_dir():
                     save_base(setting.shape, Path(folder) / setting.shape)

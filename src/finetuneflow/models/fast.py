@@ -90,10 +90,12 @@ class HeadTap:
         self._hidden: torch.Tensor | None = None
         self._own_forward = self.layer.forward
         self.layer.forward = self._forward
+        self.installed = True
 
     def remove(self) -> None:
         """Give the output layer its own forward pass back."""
         self.layer.forward = self._own_forward
+        self.installed = False
 
     def loss(
         self, model: Any, inputs: Mapping[str, Any], positions: torch.Tensor, targets: torch.Tensor
@@ -171,6 +173,21 @@ def prepare_fast(model: Any) -> FastPath | None:
     _set_attention(tap.base, fast.own_attention)
     fast.reasons.append(f"texts are padded instead of packed ({trouble})")
     return fast
+
+
+def fuse_modules(model: Any) -> FastPath | None:
+    """The modules of the path alone, for a trainer that brings its own loss and its own batches; None where nothing is replaced."""
+    try:
+        tap = HeadTap(model)
+    except (NotImplementedError, AttributeError):
+        return None
+    tap.fused = False
+    fast = FastPath(tap, own_attention=tap.base.config._attn_implementation)
+    probe = Probe(model, fast)
+    if not probe.differs(packed=False):
+        _replace_proven(fast, probe)
+    tap.remove()
+    return fast if fast.replaced else None
 
 
 def _replace_proven(fast: FastPath, probe: Probe) -> None:
@@ -328,11 +345,13 @@ def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def describe(fast: FastPath | None) -> str:
     """What the path does on this model, for the run's decisions."""
     if fast is None:
-        return "The plain path: the loss of this model cannot be computed in another way that is proven equal."
-    parts = ["texts are packed behind one another" if fast.packs else "texts of like length are padded together"]
-    parts.append(
-        "the loss is computed in chunks at the supervised positions" if fast.tap.fused else "logits at supervised positions"
-    )
+        return "The plain path: what is faster on other models cannot be proven equal on this one."
+    parts = []
+    if fast.tap.installed:
+        parts.append("texts are packed behind one another" if fast.packs else "texts of like length are padded together")
+        parts.append(
+            "the loss is computed in chunks at the supervised positions" if fast.tap.fused else "logits at supervised positions"
+        )
     counts = {kind: sum(r.kind == kind for r in fast.replaced) for kind in KINDS}
     parts += [f"{count} {kind} modules fused" for kind, count in counts.items() if count]
     left_out = f" Left out: {'; '.join(fast.reasons)}." if fast.reasons else ""

@@ -255,6 +255,8 @@ def build_trainer(
     }
     arguments = trainer_arguments(training, setup, run_dir)
     family = traits_of(config).family
+    if family in ("preference", "group", "ppo"):
+        _fuse_modules(training, setup, started.model, emit)
     if family == "ppo":
         return _ppo_trainer(config, training, setup, materials, started, monitor, run_dir)
     if family == "preference":
@@ -366,6 +368,18 @@ def autocast_of(setup: Setup) -> Any:
 
     dtype = getattr(torch, setup.compute_dtype)
     return torch.autocast(setup.device, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False)
+
+
+def _fuse_modules(training: Training, setup: Setup, model: Any, emit: Emit) -> None:
+    """What the fast path has for trainers that bring their own loss."""
+    from finetuneflow.models.fast import describe, fuse_modules
+
+    if training.speed == "reference":
+        emit("decision", setting="training.speed", value="reference", reason="The plain path, as asked.")
+        return
+    with autocast_of(setup):
+        fast = fuse_modules(model.to(setup.device))
+    emit("decision", setting="training.speed", value="auto", reason=describe(fast))
 
 
 def _preference_trainer(
