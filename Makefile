@@ -6,8 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# Spinning OpenMP threads on shared cores cost up to tenfold.
+# Spinning OpenMP threads on shared cores cost up to tenfold; a moment of it spares waking them (hardware.SPIN_TURNS).
 export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT ?= 1000
 export TOKENIZERS_PARALLELISM ?= true
 export HF_HUB_DISABLE_TELEMETRY := 1
 

@@ -26,7 +26,13 @@ class ContenderFailed(SystemExit):
 
 def run_contender(module: str, *arguments: str, python: str = sys.executable, time_limit: float | None = None) -> dict[str, Any]:
     """Run `python -m module arguments…`; its last line of output is its result as JSON. Raises `ContenderFailed`."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    environment = {
+        **os.environ,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "1000",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
     command, what = [python, "-m", module, *arguments], f"{module} {' '.join(arguments)}"
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=time_limit)

@@ -355,3 +355,26 @@ def test_passive_waiting_is_set_once_and_respects_a_choice(monkeypatch: pytest.M
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert hardware.prefer_passive_waiting() is True
+
+
+@pytest.mark.parametrize(("load", "turns"), [(0.1, "1000"), (1.9, None)])
+def test_threads_spin_for_a_moment_only_where_the_cores_are_idle(
+    monkeypatch: pytest.MonkeyPatch, load: float, turns: str | None
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "put back afterwards, whatever is set below")
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(hardware, "granted_cores", lambda: (2.0, "all"))
+    hardware.prefer_passive_waiting()
+    assert os.environ.get("GOMP_SPINCOUNT") == turns
+
+
+def test_how_long_threads_spin_is_what_the_user_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "put back afterwards")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    hardware.prefer_passive_waiting()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
