@@ -321,7 +321,16 @@ def test_patience_ends_a_run_whose_reward_does_not_rise(ppo: PpoBench) -> None:
 def outcome(ppo: PpoBench, name: str) -> tuple[Any, ...]:
     """Everything that must be the same bit for bit: log and evaluation lines, and the last checkpoint's weights."""
     path = ppo.root / name / "events.jsonl"
-    timed = {"seq", "time", "tokens_per_second", "seconds_per_step", "eta_seconds", "memory_bytes", "peak_memory_bytes"}
+    timed = {
+        "seq",
+        "time",
+        "tokens_per_second",
+        "seconds_per_step",
+        "eta_seconds",
+        "data_wait_share",
+        "memory_bytes",
+        "peak_memory_bytes",
+    }
     lines = [
         {key: value for key, value in line.items() if key not in timed}
         for kind in ("log", "eval")

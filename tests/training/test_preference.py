@@ -284,7 +284,16 @@ def test_a_run_learns_what_is_preferred(bench: Bench, objective: str) -> None:
 def figures(run_dir: Path) -> list[Any]:
     """All log and evaluation lines without their times."""
     path = run_dir / "events.jsonl"
-    free = ("seq", "time", "tokens_per_second", "seconds_per_step", "eta_seconds", "memory_bytes", "peak_memory_bytes")
+    free = (
+        "seq",
+        "time",
+        "tokens_per_second",
+        "seconds_per_step",
+        "eta_seconds",
+        "data_wait_share",
+        "memory_bytes",
+        "peak_memory_bytes",
+    )
     return [{k: v for k, v in line.items() if k not in free} for kind in ("log", "eval") for line in metric_lines(path, kind)]
 
 

@@ -37,7 +37,15 @@ DEFAULTS: dict[str, Any] = {
 # What a log line must say, by the documented schema of the live metrics and the progress shown to people.
 LOG_FIELDS = frozenset(
     {"seq", "time", "event", "step", "total_steps", "epoch", "loss", "learning_rate", "grad_norm"}
-    | {"tokens_seen", "tokens_per_second", "seconds_per_step", "eta_seconds", "memory_bytes", "peak_memory_bytes"}
+    | {
+        "tokens_seen",
+        "tokens_per_second",
+        "seconds_per_step",
+        "eta_seconds",
+        "data_wait_share",
+        "memory_bytes",
+        "peak_memory_bytes",
+    }
 )
 EXACT_FIELDS = ("step", "total_steps", "epoch", "loss", "learning_rate", "grad_norm", "tokens_seen")
 EVAL_FIELDS = ("step", "total_steps", "epoch", "eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_tokens")

@@ -117,6 +117,7 @@ class Monitor(TrainerCallback):
             tokens_per_second=tokens_per_second,
             seconds_per_step=seconds_per_step,
             eta_seconds=seconds_per_step * (state.max_steps - state.global_step),
+            data_wait_share=self.progress.data_wait_share(),
             **memory_now(),
         )
         self.trainer.log({**metrics, **figures})  # experiment trackers listen there

@@ -38,15 +38,20 @@ class Progress:
         self._began = clock()
         self.grad_norm = 0.0
         self.learning_rate = 0.0
-        # (time, tokens seen) at the end of recent steps; of this process only, so a pause never counts
-        self._marks: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW + 1)
+        self._waited = 0.0  # seconds that steps waited for their rows, in this process
+        # (time, tokens seen, seconds waited) at the end of recent steps; of this process only, so a pause never counts
+        self._marks: deque[tuple[float, int, float]] = deque(maxlen=SPEED_WINDOW + 1)
 
     # --- fed by the trainer ---------------------------------------------------------------------
 
     def begin(self) -> None:
         """Start the clock: call once, right before the first step."""
         self._began = self._clock()
-        self._marks.append((self._began, self.tokens_seen))
+        self._marks.append((self._began, self.tokens_seen, self._waited))
+
+    def waited(self, seconds: float) -> None:
+        """A step waited so long for its rows."""
+        self._waited += seconds
 
     def count(self, *, examples: int, tokens: int) -> None:
         """One micro-batch; tokens that are not padding."""
@@ -68,7 +73,7 @@ class Progress:
         self._step_loss = None
         self.grad_norm = grad_norm
         self.learning_rate = learning_rate
-        self._marks.append((self._clock(), self.tokens_seen))
+        self._marks.append((self._clock(), self.tokens_seen, self._waited))
 
     def record_evaluation(self, step: int, loss: float) -> bool:
         """Whether this evaluation is the best so far."""
@@ -105,10 +110,15 @@ class Progress:
 
     def speed(self) -> tuple[float, float]:
         """(seconds per step, tokens per second) over a sliding window of this process's steps."""
-        (t0, tokens0), (t1, tokens1) = self._marks[0], self._marks[-1]
+        (t0, tokens0, _), (t1, tokens1, _) = self._marks[0], self._marks[-1]
         steps = len(self._marks) - 1
         elapsed = max(t1 - t0, 1e-9)
         return (elapsed / max(steps, 1), (tokens1 - tokens0) / elapsed)
+
+    def data_wait_share(self) -> float:
+        """Share of the time of those steps in which they waited for their rows."""
+        (t0, _, waited0), (t1, _, waited1) = self._marks[0], self._marks[-1]
+        return (waited1 - waited0) / max(t1 - t0, 1e-9)
 
     # --- checkpoints --------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,12 @@ class GuardedTrainer(Trainer):
         self.progress.add_loss(loss)
         self.progress.add_metrics(self.take_figures("train"))
         return loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        began = time.perf_counter()
+        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.progress.waited(time.perf_counter() - began)
+        return samples
 
     def forward_backward(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The loss of a batch, its gradients added to those that are there."""
