@@ -44,7 +44,7 @@ def summed_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     rows = chunk or rows_of_chunk(weight.shape[0], hidden.device.type)
-    return _SummedCrossEntropy.apply(hidden, weight, bias, targets, head, rows)  # type: ignore[no-any-return, no-untyped-call]
+    return _SummedCrossEntropy.apply(hidden, weight, bias, targets, head, rows, torch.is_grad_enabled())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def rows_of_chunk(vocabulary: int, device: str) -> int:
@@ -62,8 +62,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         head: Head,
         rows: int,
+        backward: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        # `needs_input_grad` is true of what is trained even where no gradient is being recorded.
+        wants_hidden, wants_weight, wants_bias = (backward and wanted for wanted in ctx.needs_input_grad[:3])
+        backward = wants_hidden or wants_weight or wants_bias
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -77,7 +80,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 logits = torch.mm(states, matrix.T).float()
                 if bias is not None:
                     logits += bias
-                grad, loss, right = _loss_and_gradient(logits, targets[here], head, backward=any(ctx.needs_input_grad[:3]))
+                grad, loss, right = _loss_and_gradient(logits, targets[here], head, backward=backward)
                 total += loss
                 correct += right
                 if grad is None:
@@ -102,6 +105,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.mul_(grad),
             None if grad_weight is None else grad_weight.mul_(grad).to(weight_type),
             None if grad_bias is None else grad_bias.mul_(grad).to(bias_type),
+            None,
             None,
             None,
             None,

@@ -7,6 +7,7 @@ cache) goes through the module's own forward, decided at each call. `models.fast
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +20,15 @@ from finetuneflow.kernels.projections import Projection, gated_block, project
 
 KINDS = ("norm", "feed-forward", "attention", "linear")
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+FEED_FORWARD_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+# All that the forward pass of Llama's attention, and of its like, names. One that names more (a dropout of its own, clipped or scaled
+# queries, layers without positions) computes more, and a probe of a few short texts in evaluation mode need not show it.
+ATTENTION_NAMES = (
+    ATTENTION_PARTS
+    | {"q_norm", "k_norm", "head_dim", "layer_idx", "config", "training", "attention_dropout", "scaling", "sliding_window"}
+    | {"shape", "view", "transpose", "reshape", "contiguous", "getattr", "apply_rotary_pos_emb", "update"}
+    | {"ALL_ATTENTION_FUNCTIONS", "get_interface", "_attn_implementation", "eager_attention_forward", "attn_logit_softcapping"}
+)
 
 
 class Replaced(NamedTuple):
@@ -42,6 +52,16 @@ def replace_modules(base: nn.Module, kinds: Collection[str] = KINDS) -> list[Rep
                 module.forward = forward  # type: ignore[method-assign]
                 break
     return replaced
+
+
+def _forward_of(module: nn.Module) -> Any:
+    return inspect.unwrap(type(module).forward)
+
+
+def _names_only(module: nn.Module, known: Collection[str]) -> bool:
+    """Whether the module's own forward pass names nothing but what is known."""
+    code = getattr(_forward_of(module), "__code__", None)
+    return code is not None and set(code.co_names) <= set(known)
 
 
 # --- norms ------------------------------------------------------------------------------------------------
@@ -133,7 +153,7 @@ def _feed_forward(module: nn.Module) -> Callable[..., Any] | None:
     activation = getattr(module, "act_fn", None)
     if activation is None or not all(isinstance(part, nn.Module) and _is_projection(part) for part in parts):
         return None
-    if {name for name, _ in module.named_children()} - {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+    if {name for name, _ in module.named_children()} - FEED_FORWARD_PARTS or not _names_only(module, FEED_FORWARD_PARTS):
         return None
     sample = torch.linspace(-6, 6, 101)
     kinds = [name for name, known in ACTIVATIONS.items() if torch.allclose(known(sample), activation(sample), atol=1e-6)]
@@ -173,9 +193,24 @@ def _attention(module: nn.Module) -> Callable[..., Any] | None:
         return None
     if getattr(module, "attn_logit_softcapping", None) is not None:
         return None
+    if not _names_only(module, ATTENTION_NAMES) or not _turns_halves(module):
+        return None
     if not all(_is_projection(getattr(module, name)) for name in ATTENTION_PARTS):
         return None
     return partial(_attention_forward, module, module.forward)
+
+
+def _turns_halves(module: nn.Module) -> bool:
+    """Whether its rotary positions are those of `elementwise.rotate`."""
+    theirs = _forward_of(module).__globals__.get("apply_rotary_pos_emb")
+    x, cos, sin = (torch.linspace(-1, 1, size).view(shape) for size, shape in ((60, (5, 2, 6)), (30, (5, 6)), (30, (5, 6))))
+    cos, sin = cos.cos(), sin.sin()
+    heads = x.transpose(0, 1)[None]
+    try:
+        found = theirs(heads, heads, cos[None], sin[None])[0][0].transpose(0, 1)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    return found.shape == x.shape and torch.allclose(found, rotate(x, cos, sin), atol=1e-6)
 
 
 def _attention_forward(

@@ -239,6 +239,8 @@ class SupervisedTrainer(GuardedTrainer):
                     loss = self.compute_loss(model, micro_batch, num_items_in_batch=count)
                 self.accelerator.backward(loss)
             step_loss += loss.detach()
+        if self.args.world_size > 1:  # each process has its share of the sum, times their number
+            step_loss = self.accelerator.reduce(step_loss, "mean")
         return step_loss
 
     def compute_loss(
