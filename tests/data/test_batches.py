@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetuneflow.data.batches import IGNORED, Collator, EpochSampler, StepCollator, next_tokens
+from finetuneflow.data.batches import FILLED_TO, IGNORED, Collator, EpochSampler, StepCollator, next_tokens
 
 PAD = 9
 lists = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=20), min_size=1, max_size=6)
@@ -119,7 +119,11 @@ def texts_of(micro_batch: dict[str, Any]) -> list[tuple[list[int], list[int], li
         assert "attention_mask" not in micro_batch, "transformers would take it as one text"
         assert ids.shape == micro_batch["position_ids"].shape == (1, sum(micro_batch["lengths"]))
         parts = [side[0].split(micro_batch["lengths"]) for side in (ids, targets, micro_batch["position_ids"])]
-        return [(a.tolist(), b.tolist(), c.tolist()) for a, b, c in zip(*parts, strict=True)]
+        texts = [(a.tolist(), b.tolist(), c.tolist()) for a, b, c in zip(*parts, strict=True)]
+        if set(texts[-1][0]) == {PAD}:  # filling
+            filling = texts.pop()
+            assert set(filling[1]) == {IGNORED} and filling[2] == list(range(len(filling[0]))) and len(filling[0]) < FILLED_TO
+        return texts
     mask = micro_batch["attention_mask"].bool()
     assert (ids[~mask] == PAD).all() and (targets[~mask] == IGNORED).all()
     return [(ids[i][m].tolist(), targets[i][m].tolist(), list(range(int(m.sum())))) for i, m in enumerate(mask)]
@@ -143,6 +147,12 @@ def test_every_row_is_in_a_step_once_with_the_next_token_as_the_target_of_each(
 def test_a_packed_row_is_within_the_budget_or_one_longer_text(rows: list[dict[str, Any]], budget: int) -> None:
     for micro_batch in StepCollator(PAD, budget=budget, packed=True)(rows)["micro_batches"]:
         assert sum(micro_batch["lengths"]) <= budget or len(micro_batch["lengths"]) == 1
+
+
+@given(rows=steps(), budget=st.integers(64, 200))
+def test_packed_rows_come_in_few_lengths(rows: list[dict[str, Any]], budget: int) -> None:
+    for micro_batch in StepCollator(PAD, budget=budget, packed=True)(rows)["micro_batches"]:
+        assert micro_batch["input_ids"].shape[1] in {*range(FILLED_TO, budget, FILLED_TO), budget}
 
 
 @given(rows=steps(), budget=st.integers(1, 200))

@@ -15,6 +15,9 @@ from torch.utils.data import Sampler
 from finetuneflow.kernels.attention import best_fit
 
 IGNORED = -100  # the label PyTorch's cross-entropy passes over
+# Packed rows are filled up to a multiple of this. A matrix library compiles its kernels for each shape and keeps them: with a new
+# length in every step, two cores did 5 to 20 % fewer tokens a second, and memory grew by 0.1 to 0.2 GB.
+FILLED_TO = 32
 
 
 class Collator:
@@ -54,8 +57,9 @@ class StepCollator:
     memory. A micro-batch holds at most `budget` tokens, or one longer row:
 
     - packed: rows behind one another in one row of the model, filled by best-fit decreasing. `position_ids` (1, tokens) restart
-      with each, and `lengths` names them; attention has to keep them apart (`kernels.attention.packed`). No mask: transformers
-      takes one as a sign that a row is one text.
+      with each, and `lengths` names them; attention has to keep them apart (`kernels.attention.packed`). The last of them may be a
+      filling of padding tokens, a text of its own from which nothing is learned. No mask: transformers takes one as a sign that a
+      row is one text.
     - padded, where a model cannot keep texts apart: rows of like length below one another, with `attention_mask` (rows, width).
     - `rows_each`: padded too, so many rows to a micro-batch in the order they come (`speed: reference`).
 
@@ -95,10 +99,19 @@ class StepCollator:
             del batch["row_ids"]
             return {**batch, "targets": next_tokens(batch.pop("labels"))}
         lengths = [len(row["input_ids"]) for row in rows]
-        ids = torch.cat([torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows])
-        targets = torch.cat([next_tokens(torch.as_tensor(row["labels"], dtype=torch.long)) for row in rows])
+        parts = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+        goals = [next_tokens(torch.as_tensor(row["labels"], dtype=torch.long)) for row in rows]
+        if (filling := self._filling(sum(lengths))) > 0:
+            lengths.append(filling)
+            parts.append(torch.full((filling,), self.padded.pad_token_id, dtype=torch.long))
+            goals.append(torch.full((filling,), IGNORED, dtype=torch.long))
+        ids, targets = torch.cat(parts), torch.cat(goals)
         positions = torch.cat([torch.arange(length) for length in lengths])
         return {"input_ids": ids[None], "position_ids": positions[None], "targets": targets[None], "lengths": lengths}
+
+    def _filling(self, tokens: int) -> int:
+        """Tokens that are missing to the next multiple of `FILLED_TO`, or to the budget."""
+        return min(-(-tokens // FILLED_TO) * FILLED_TO, max(self.budget, tokens)) - tokens
 
 
 def next_tokens(labels: torch.Tensor) -> torch.Tensor:
