@@ -366,6 +366,35 @@ def table(name: str, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw(path: Path = RESULTS.parent.parent / "docs" / "images" / "speed.png") -> None:
+    """The results as bars: one panel per cell, useful tokens per second, range of the repeats, peak memory beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = known_cells()
+    figure, panels = plt.subplots(len(cells), 1, figsize=(8, 0.6 + 2.1 * len(cells)), layout="constrained", squeeze=False)
+    for axis, (name, found) in zip(panels[:, 0], cells.items(), strict=True):
+        lines = {who: line for who, line in found["contenders"].items() if "failed" not in line}
+        speeds = [line["useful_tokens_per_second"] for line in lines.values()]
+        medians = [speed["median"] for speed in speeds]
+        ranges = [[s["median"] - s["lowest"] for s in speeds], [s["highest"] - s["median"] for s in speeds]]
+        colors = ["#1b7837" if who.startswith("ftf") else "#9e9e9e" for who in lines]
+        axis.barh(list(lines), medians, xerr=ranges, color=colors, ecolor="#444444", capsize=2)
+        for place, (speed, line) in enumerate(zip(speeds, lines.values(), strict=True)):
+            told = f"{speed['median']:,.0f}   {line['peak_bytes']['median'] / 1e9:.1f} GB"
+            axis.annotate(told, (speed["highest"], place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set_title(f"{name}: {found['rows_per_step']} rows a step, {found['rows']} rows", fontsize=9, loc="left")
+        axis.set_xlim(0, 1.3 * max(speed["highest"] for speed in speeds))
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel("useful tokens per second (median; line: range of the repeats), and peak memory", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     """`arguments` as on the command line; without any, what can be afforded every day."""
     parser = argparse.ArgumentParser(
@@ -397,6 +426,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             searched |= {family: run_search(made, family) for family in ("trl", "llamafactory") if f"{family}-best" in names}
         found = run_cell(made, names, repeats=chosen.repeats, steps=chosen.steps, searched=searched)
         save(made.name, found)
+        draw()
         print(table(made.name, found), flush=True)
 
 

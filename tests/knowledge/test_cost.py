@@ -23,7 +23,7 @@ from finetuneflow.knowledge.facts import cpu_device, gpu, machine_named
 from finetuneflow.knowledge.flops import traffic
 from finetuneflow.knowledge.resolve import resolve, resolve_on
 from finetuneflow.knowledge.shapes import ModelShape, shape_from_config, shape_from_size
-from finetuneflow.knowledge.steps import STRETCH, mean_width
+from finetuneflow.knowledge.steps import STRETCH, Cutting, mean_width, smaller_budgets, token_budget
 from finetuneflow.knowledge.values import DataFacts, Device, Machine
 
 DOCS = Path(__file__).parents[2] / "docs" / "time-and-cost.md"
@@ -175,6 +175,39 @@ def test_padding_is_what_the_sampler_and_the_collator_make_of_such_rows(grouped:
     found = steps_of(config, facts_about(lengths))
     assert found.padded_tokens == pytest.approx(padded, rel=0.04)
     assert found.tokens_seen == pytest.approx(sum(lengths), rel=0.02)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("rows", "budget"), [(16, 1024), (16, 2048), (64, 2048), (8, 16_384), (32, 1500)])
+def test_the_fast_path_cuts_steps_as_its_collator_does(packed: bool, rows: int, budget: int) -> None:
+    from finetuneflow.data.batches import StepCollator
+
+    lengths = [min(length, 1024) for length in lengths_like_instructions(6_400)]
+    config = config_of(data={"max_length": 1024}, batch_size=4, gradient_accumulation=rows // 4, epochs=1)
+    collator = StepCollator(0, budget=budget, packed=packed)
+    passes = padded = 0
+    for start in range(0, len(lengths), rows):
+        here = lengths[start : start + rows]
+        parts = collator._cut(here)
+        passes += len(parts)
+        padded += sum(here) if packed else sum(len(part) * collator.padded.width(here[part[0]]) for part in parts)
+    found = steps_of(config, facts_about(lengths), cutting=Cutting(budget, packed))
+    plain = steps_of(config, facts_about(lengths))
+    assert found.padded_tokens == pytest.approx(padded, rel=0.06)
+    assert found.micro_batches == pytest.approx(passes, rel=0.15)
+    assert (found.steps, found.examples_seen, found.tokens_seen) == (plain.steps, plain.examples_seen, plain.tokens_seen)
+    assert found.padding_share == 0 or not packed
+
+
+def test_a_budget_is_what_was_asked_or_what_the_device_gains_from() -> None:
+    training = config_of(batch_size=8).training
+    asked = training.model_copy(update={"token_budget": 700})
+    assert [
+        token_budget(training, 512, device, longest=longest).tokens
+        for device, longest in (("cpu", None), ("cpu", 100), ("cuda", None))
+    ] == [2048, 800, 4096]
+    assert token_budget(training, 4096, "cpu").tokens == 4096 and token_budget(asked, 4096, "cpu").tokens == 700
+    assert smaller_budgets(asked) == [350] and smaller_budgets(training) == []
 
 
 def test_grouping_by_length_pads_less_and_larger_batches_pad_more() -> None:

@@ -449,6 +449,19 @@ def test_memory_remedies_state_predicted_savings_and_what_suffices() -> None:
     assert any(r.enough is False for r in found), "a lower rank alone cannot be enough"
 
 
+def test_a_token_budget_that_was_asked_for_is_lowered_instead_of_the_micro_batch() -> None:
+    run = config(training__batch_size=16, training__gradient_accumulation=1, training__token_budget=16_384)
+    found = memory_remedies(OOM_2_5, run, card())
+    assert not any("training.batch_size" in r.settings for r in found)
+    budget = next(r for r in found if "training.token_budget" in r.settings)
+    assert budget.settings["training.token_budget"] in (8192, 4096, 2048, 1024, 512, 256) and budget.saves
+    plain = memory_remedies(
+        OOM_2_5, run.model_copy(update={"training": run.training.model_copy(update={"speed": "reference"})}), card()
+    )
+    assert any("training.batch_size" in r.settings for r in plain)
+    assert not any("training.token_budget" in r.settings for r in plain)
+
+
 def test_harmless_remedies_come_first() -> None:
     found = memory_remedies(OOM_2_5, config(training__batch_size=16, training__gradient_accumulation=1), card())
     order = [next(iter(r.settings), r.command) for r in found]

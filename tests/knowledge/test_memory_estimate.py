@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetuneflow.config import Method, RunConfig, build_config
-from finetuneflow.knowledge import activations, memory, memory_phases
+from finetuneflow.knowledge import activations, memory, memory_heads, memory_phases
 from finetuneflow.knowledge.memory import (
     Workload,
     correction_from,
@@ -64,7 +65,7 @@ def config(**changes: Any) -> RunConfig:
 # --- activations: the tensors autograd keeps ----------------------------------------------------------
 
 
-def saved_bytes(model: Any, *, autocast: bool) -> int:
+def saved_bytes(model: Any, forward: Callable[[], Any], *, autocast: bool) -> int:
     """Bytes of the distinct storages that the graph of a forward pass holds, parameters left out."""
     import torch
 
@@ -80,17 +81,42 @@ def saved_bytes(model: Any, *, autocast: bool) -> int:
         return kept
 
     owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    ids = torch.randint(0, 500, (BATCH, TOKENS))
-    mask = torch.ones_like(ids)
-    mask[0, TOKENS // 2 :] = 0
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
     ):
-        loss = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().sum()
+        loss = forward()
     storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in alive}
     assert loss.requires_grad
     return sum(size for pointer, size in storages.items() if pointer not in owned)
+
+
+def saved_on_the_plain_path(model: Any, *, autocast: bool) -> int:
+    import torch
+
+    ids = torch.randint(0, 500, (BATCH, TOKENS))
+    mask = torch.ones_like(ids)
+    mask[0, TOKENS // 2 :] = 0
+    forward = lambda: model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().sum()  # noqa: E731
+    return saved_bytes(model, forward, autocast=autocast)
+
+
+def saved_on_the_fast_path(model: Any, *, autocast: bool, length: int) -> tuple[int, Any]:
+    """(bytes, the path): of `BATCH` texts, as the trainer computes their loss, every token supervised but each text's last."""
+    import torch
+
+    from finetuneflow.data.batches import StepCollator
+    from finetuneflow.models.fast import prepare_fast
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
+        fast = prepare_fast(model)
+    assert fast is not None
+    rows = [
+        {"index": i, "input_ids": ids, "labels": ids} for i, ids in enumerate(torch.randint(0, 500, (BATCH, length)).tolist())
+    ]
+    (micro_batch,) = StepCollator(0, budget=BATCH * length, packed=fast.packs)(rows)["micro_batches"]
+    with fast.layout(micro_batch):
+        return saved_bytes(model, lambda: fast.loss(model, micro_batch)[0], autocast=autocast), fast
 
 
 def tiny_model(name: str, method: Method, *, autocast: bool, attention: str) -> Any:
@@ -106,19 +132,22 @@ def tiny_model(name: str, method: Method, *, autocast: bool, attention: str) -> 
         model = model.to(torch.bfloat16 if autocast else torch.float32)
         spec = AdapterSpec(kind=method.kind, r=method.r, dropout=method.dropout, target_modules=method.target_modules)  # type: ignore[arg-type]
         model = attach_adapter(model, spec)
+    model.config.use_cache = False  # as `training/start.py` does
     return model.train()
 
 
-def predicted_saved(name: str, method: Method, *, autocast: bool, attention: str) -> int:
+def parts_of_tiny(name: str, method: Method, *, autocast: bool, speed: str, work: Workload) -> memory_phases.Parts:
     shape = shape_from_config({"model_type": name, **CONFIGS[name]})
+    changes = {"precision": "bf16" if autocast else "fp32", "speed": speed}
     settings = RunConfig(method=method)
-    settings = settings.model_copy(
-        update={"training": settings.training.model_copy(update={"precision": "bf16" if autocast else "fp32"})}
-    )
-    work = Workload(BATCH, TOKENS, attention=attention)  # type: ignore[arg-type]
-    parts = memory_phases.parts_of(shape, settings, resolve(settings, machine(kind="cpu")), work)
-    kept = activations.kept_bytes(shape, parts.run, BATCH, TOKENS)
-    return kept + activations.head_input_bytes(shape, parts.run, BATCH * TOKENS) + memory_phases.cast_copies(parts)
+    settings = settings.model_copy(update={"training": settings.training.model_copy(update=changes)})
+    return memory_phases.parts_of(shape, settings, resolve(settings, machine(kind="cpu")), work)
+
+
+def predicted_saved(parts: memory_phases.Parts) -> int:
+    kept = activations.kept_bytes(parts.shape, parts.run, parts.workload.batch, parts.workload.tokens)
+    head = activations.head_input_bytes(parts.shape, parts.run, parts.num_tokens)
+    return kept + head + memory_phases.cast_copies(parts)
 
 
 LORA = Method(kind="lora", r=8, target_modules="all-linear")
@@ -154,9 +183,92 @@ FULL = Method(kind="full")
     ],
 )
 def test_activations_are_what_autograd_keeps(name: str, method: Method, autocast: bool, attention: str) -> None:
-    saved = saved_bytes(tiny_model(name, method, autocast=autocast, attention=attention), autocast=autocast)
-    predicted = predicted_saved(name, method, autocast=autocast, attention=attention)
-    assert predicted == pytest.approx(saved, rel=0.05)
+    saved = saved_on_the_plain_path(tiny_model(name, method, autocast=autocast, attention=attention), autocast=autocast)
+    work = Workload(BATCH, TOKENS, attention=attention)  # type: ignore[arg-type]
+    parts = parts_of_tiny(name, method, autocast=autocast, speed="reference", work=work)
+    assert predicted_saved(parts) == pytest.approx(saved, rel=0.05)
+
+
+NO_DROPOUT = Method(kind="lora", r=8, dropout=0.0, target_modules="all-linear")
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "autocast", "length"),
+    [
+        ("llama", LORA, True, 72),
+        ("llama", LORA, False, 72),
+        ("llama", LORA, True, 160),
+        ("llama", AUTO, True, 72),
+        ("llama", NO_DROPOUT, True, 72),
+        ("llama", NO_DROPOUT, False, 72),
+        ("llama", Method(kind="dora", r=8, target_modules="all-linear"), True, 72),
+        ("llama", Method(kind="ia3", target_modules="all-linear"), True, 72),
+        ("llama", Method(kind="prefix"), True, 72),
+        ("llama", FULL, True, 72),
+        ("llama", FULL, False, 72),
+        ("llama", FULL, True, 600),
+        ("qwen3", LORA, True, 72),
+        ("qwen3", FULL, True, 72),
+        ("gemma2", LORA, True, 72),
+        ("gemma2", FULL, True, 72),
+        ("gpt2", LORA, True, 72),
+        ("gpt2", FULL, True, 72),
+        ("gpt_neox", LORA, True, 72),
+        ("gpt_neox", FULL, True, 72),
+        ("mixtral", AUTO, True, 72),
+        ("mixtral", FULL, True, 72),
+        ("mamba", AUTO, True, 72),
+        ("mamba", FULL, True, 72),
+    ],
+)
+def test_activations_of_the_fast_path_are_what_autograd_keeps(name: str, method: Method, autocast: bool, length: int) -> None:
+    attention = "eager" if name == "gemma2" else "sdpa"
+    saved, fast = saved_on_the_fast_path(
+        tiny_model(name, method, autocast=autocast, attention=attention), autocast=autocast, length=length
+    )
+    weights = activations.kept_weights(length) / length
+    work = Workload(BATCH, length, attention=attention, padded=not fast.packs, kept_weights=weights)  # type: ignore[arg-type]
+    parts = parts_of_tiny(name, method, autocast=autocast, speed="auto", work=work)
+    assert activations.packs(parts.shape, method.kind) == fast.packs
+    loss = (
+        BATCH * (length - 1) * parts.run.compute + (4 * 500 if parts.trains_head else 0)
+    ) * parts.shape.hidden  # its gradients
+    assert predicted_saved(parts) + loss == pytest.approx(saved, rel=0.05)
+
+
+LLAMA_LIKE = {**WIDTHS, "intermediate_size": 352, "num_key_value_heads": 2}
+FORETOLD: dict[str, dict[str, Any]] = {
+    **{name: LLAMA_LIKE for name in ("llama", "cohere", "smollm3", "starcoder2", "glm4", "granite", "gemma2")},
+    "olmo2": {**WIDTHS, "intermediate_size": 352},
+    "qwen3_moe": {**LLAMA_LIKE, "moe_intermediate_size": 176, "num_experts": 8},
+    "gpt2": CONFIGS["gpt2"],
+    "gpt_neox": CONFIGS["gpt_neox"],
+    "bloom": {"vocab_size": 500, "hidden_size": 128, "n_layer": 4, "n_head": 4},
+    "falcon": WIDTHS,
+    "opt": {**WIDTHS, "ffn_dim": 352, "word_embed_proj_dim": 128},
+    "mamba": CONFIGS["mamba"],
+    "stablelm": LLAMA_LIKE,
+}
+
+
+@pytest.mark.parametrize("name", FORETOLD)
+def test_what_a_model_takes_of_the_fast_path_is_foretold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from finetuneflow.models.fast import prepare_fast
+
+    monkeypatch.setitem(CONFIGS, name, FORETOLD[name] | {"pad_token_id": 0})
+    model = tiny_model(name, FULL, autocast=True, attention="eager" if name in ("gemma2", "bloom") else "sdpa")
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        fast = prepare_fast(model)
+    run = parts_of_tiny(name, FULL, autocast=True, speed="auto", work=Workload(BATCH, TOKENS)).run
+    shape = shape_from_config({"model_type": name, **CONFIGS[name]})
+    assert run.fast and fast is not None
+    kinds = {replaced.kind for replaced in fast.replaced}
+    assert activations.packs(shape, "full") == fast.packs
+    assert activations.fused_attention(shape, run) == ("attention" in kinds)
+    assert activations.fused_feed_forward(shape, run) == ("feed-forward" in kinds)
+    assert activations.is_layer_norm(shape) == ("norm" not in kinds)
 
 
 # --- weights, adapters, optimizer states: what the libraries really hold --------------------------------
@@ -314,7 +426,9 @@ def test_a_file_of_another_type_is_resident_beside_the_weights_made_from_it(tmp_
     child = subprocess.run([sys.executable, "-c", _LOADING, str(tmp_path), wanted], capture_output=True, text=True, check=True)
     highest, kept = map(int, child.stdout.split())
     run = config(model__dtype={"bf16": "bfloat16", "fp32": "float32"}[wanted], method__kind="lora")
-    parts = memory_phases.parts_of(shape, run, resolve(run, machine(kind="cpu")), memory.workload_of(run))
+    parts = memory_phases.parts_of(
+        shape, run, resolve(run, machine(kind="cpu")), memory.workload_of(shape, run, resolve(run, machine(kind="cpu")))
+    )
     assert memory_phases.phases(parts, 1, "single")["loading"]["temporary"] == pytest.approx(highest - kept, rel=0.15)
 
 
@@ -339,12 +453,44 @@ def test_hostile_data_facts_are_borne() -> None:
 
 def test_evaluation_is_part_of_the_peak() -> None:
     base = config(method__kind="qlora", training__batch_size=1, data__max_length=512, training__eval_batch_size=1)
-    large = config(method__kind="qlora", training__batch_size=1, data__max_length=512, training__eval_batch_size=64)
-    none = config(
-        method__kind="qlora", training__batch_size=1, data__max_length=512, training__eval_batch_size=64, data__eval_fraction=0.0
-    )
+    plain: dict[str, Any] = {
+        "method__kind": "qlora",
+        "training__batch_size": 1,
+        "data__max_length": 512,
+        "training__speed": "reference",
+    }
+    large = config(**plain, training__eval_batch_size=64)
+    none = config(**plain, training__eval_batch_size=64, data__eval_fraction=0.0)
     assert estimate(SEVEN, large, machine()).phase == "evaluation"
     assert "evaluation" not in (estimate(SEVEN, base, machine()).phase, estimate(SEVEN, none, machine()).phase)
+
+
+def test_the_fast_path_holds_what_its_budget_says() -> None:
+    def total(**changes: Any) -> int:
+        settings = config(method__kind="qlora", data__max_length=1024, data__eval_fraction=0.0, **changes)
+        return estimate(SEVEN, settings, machine(80 * GIB)).total_bytes
+
+    by_batch = [
+        total(training__batch_size=batch, training__gradient_accumulation=64 // batch) for batch in (1, 2, 4, 8, 16, 32, 64)
+    ]
+    assert sorted(set(by_batch)) == by_batch[:5] and len(set(by_batch[4:])) == 1  # 16,384 tokens are enough for a card
+    assert total(training__batch_size=4) < total(training__batch_size=4, training__speed="reference")
+    budgets = [total(training__token_budget=tokens) for tokens in (512, 1024, 4096, 16_384, 1_000_000)]
+    assert budgets[0] == budgets[1] < budgets[2] < budgets[3] == budgets[4]  # a row is never cut; a step has 16 of them
+    evaluated = config(method__kind="qlora", data__max_length=1024, training__eval_batch_size=4096)
+    assert estimate(SEVEN, evaluated, machine(80 * GIB)).phase == "training step"
+
+
+def test_figures_of_the_kernels_are_the_kernels() -> None:
+    from finetuneflow.kernels import attention, loss
+    from finetuneflow.training import objectives
+
+    assert memory.ROWS_CUT_TOGETHER == objectives.ROWS_CUT_TOGETHER
+    assert memory_heads.CHUNK_BYTES == loss.CHUNK_BYTES
+    names = ("UNIT", "LARGEST_BLOCK", "KEPT_WIDTH", "STRETCH")
+    assert [getattr(activations, name) for name in names] == [getattr(attention, name) for name in names]
+    logits = memory_heads.chunk_logits(memory_heads.Chunks(32_000, 64, 10**6, 2, 2, "cpu", False), training=True)
+    assert logits == loss.rows_of_chunk(32_000, "cpu") * 32_000 * 12
 
 
 def test_sharding_divides_and_buckets_add() -> None:

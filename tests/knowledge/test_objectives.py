@@ -21,7 +21,7 @@ from finetuneflow.knowledge import memory, memory_heads
 from finetuneflow.knowledge.advice import after_failure
 from finetuneflow.knowledge.cost import Cost, estimate_cost
 from finetuneflow.knowledge.hyperparameters import epochs, learning_rate
-from finetuneflow.knowledge.memory import estimate, workload_of
+from finetuneflow.knowledge.memory import Workload, estimate, workload_of
 from finetuneflow.knowledge.memory_heads import Tiles, answer_bytes, drawing_copies, tile_bytes
 from finetuneflow.knowledge.objectives import TRAITS, has_live_reference, passes_of, reference_of, rows_per_step
 from finetuneflow.knowledge.recommend import options
@@ -179,15 +179,18 @@ def test_tiles_are_bounded_and_on_cuda_hold_scored_positions_alone() -> None:
 
 
 def test_a_pair_is_two_rows_and_a_drawn_answer_stands_behind_its_prompt() -> None:
+    def work(config: RunConfig, data: DataFacts) -> Workload:
+        return workload_of(LLAMA, config, resolve_on(config, "cpu", bf16=True), data)
+
     data = facts("dpo")
-    assert (workload_of(config("dpo"), data).batch, workload_of(config("kto"), facts("kto")).batch) == (8, 4)
-    assert workload_of(config("dpo"), data).eval_batch == 8 and workload_of(config("dpo"), replace(data, examples=3)).batch == 6
-    drawn = workload_of(config("grpo", reinforcement__max_new_tokens=64), facts("grpo"))
+    assert (work(config("dpo"), data).batch, work(config("kto"), facts("kto")).batch) == (8, 4)
+    assert work(config("dpo"), data).eval_batch == 8 and work(config("dpo"), replace(data, examples=3)).batch == 6
+    drawn = work(config("grpo", reinforcement__max_new_tokens=64), facts("grpo"))
     assert (drawn.batch, drawn.tokens, drawn.new_tokens, drawn.drawn) == (4, 200 + 64, 64, 16)
     assert drawn.supervised == pytest.approx(64 / 264)
-    assert workload_of(config("ppo"), facts("ppo")).drawn == 16
+    assert work(config("ppo"), facts("ppo")).drawn == 16
     few = config("ppo", reinforcement__rollout_size=8, training__gradient_accumulation=2, data__eval_fraction=0)
-    assert workload_of(few, facts("ppo")).drawn == 8
+    assert work(few, facts("ppo")).drawn == 8
 
 
 def test_what_is_frozen_beside_the_policy() -> None:

@@ -110,6 +110,7 @@ WIDE: dict[str, Any] = {
     "data__max_length": 512,
     "data__eval_fraction": 0.0,
     "training__max_steps": 1,
+    "training__speed": "reference",  # the fast path cuts so many rows into small passes
 }
 
 

@@ -2,7 +2,8 @@
 
 Sources: the modules of transformers 5 and PEFT 0.21 as they run under autocast, and autograd's rule that an operation
 keeps what its gradient needs. `tests/knowledge/test_memory_estimate.py` adds up the tensors autograd really saves for small
-models of each kind and compares.
+models of each kind and compares. What the fast path of supervised training (`models/fast.py`) keeps instead stands under
+"the fast path" below.
 
 Letters: n tokens of a micro-batch (padding included), h hidden width, c bytes of the compute type, s bytes of the
 residual stream. "Kept" below means: alive from the forward pass of a layer to its backward pass.
@@ -10,6 +11,7 @@ residual stream. "Kept" below means: alive from the forward pass of a layer to i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -38,10 +40,26 @@ STATE_SPACE = frozenset({"mamba", "mamba2", "falcon_mamba"})
 MAMBA_SWELU = "mamba_swelu"
 SCAN_CHUNK = 32  # tokens for which our own scan keeps one state; it chooses between 8 and 128
 
+# What the fast path does with a model is found out and proven on the loaded model (`models/fast.py`); these lists foretell it, and a
+# test compares.
+PADDED_ARCHITECTURES = STATE_SPACE | {MAMBA_SWELU, "bloom", "falcon", "mpt"}  # texts that share a row would see each other
+MASKED_ARCHITECTURES = frozenset({"codegen", "gemma2", "gpt_neo", "gptj"})  # packed under a mask, in the model's own attention
+CONV1D = frozenset({"gpt2"})  # linear layers of a class of their own: PEFT's layers compute them
+# Projections as Llama's, but an attention that computes something else between them.
+OWN_ATTENTION = frozenset({"cohere", "cohere2", "gemma2", "glm4", "olmo", "olmoe", "opt", "smollm3", "stablelm", "starcoder2"})
+POST_NORMS = frozenset({"olmo2"})  # both norms stand behind their blocks
+QUERY_KEY_VALUE, GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+UNIT, LARGEST_BLOCK, KEPT_WIDTH, STRETCH = 32, 512, 160, 256  # kernels/attention.py; a test compares
+USUAL_BLOCK = 96  # texts of different lengths share blocks of a few widths
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """How a forward pass runs. `targets`: linear layers with an adapter. `stream`: bytes of a residual element."""
+    """How a forward pass runs. `targets`: linear layers with an adapter. `stream`: bytes of a residual element.
+
+    `fast`: on the fast path, where rows are packed unless `padded`. `kept_weights`: attention weights
+    that short texts keep, per token of all texts and head.
+    """
 
     device: Literal["cuda", "cpu"]
     compute: int
@@ -53,6 +71,8 @@ class Pass:
     attention: Attention = "sdpa"
     padded: bool = True
     virtual_tokens: int = 0
+    fast: bool = False
+    kept_weights: float = 0.0
 
     @property
     def full(self) -> bool:
@@ -62,10 +82,18 @@ class Pass:
     def autocast(self) -> bool:
         return self.compute != 4
 
+    @property
+    def packed(self) -> bool:
+        return self.fast and not self.padded
 
-def kept_bytes(shape: ModelShape, run: Pass, batch: int, tokens: int) -> int:
+
+def kept_bytes(shape: ModelShape, run: Pass, batch: float, tokens: int) -> int:
     """All layers together, without checkpointing. Excludes logits, the head's input and copies of weights."""
-    return round(batch * tokens * _per_token(shape, run, tokens))
+    if run.fast:
+        per_token = _per_token_fast(shape, run, tokens, together=round(batch * tokens))
+    else:
+        per_token = _per_token(shape, run, tokens)
+    return round(batch * tokens * per_token)
 
 
 def _per_token(shape: ModelShape, run: Pass, tokens: int) -> float:
@@ -84,6 +112,8 @@ def _per_token(shape: ModelShape, run: Pass, tokens: int) -> float:
 
 def head_input_bytes(shape: ModelShape, run: Pass, num_tokens: int) -> int:
     """The final norm, and what the output head keeps where it is trained."""
+    if run.fast:
+        return num_tokens * fast_norm_width(shape, run, run.stream)
     trained = run.stream + run.compute if run.full else 0
     return num_tokens * shape.hidden * (_norm_width(shape, run) + trained)
 
@@ -302,3 +332,129 @@ def adapters(run: Pass) -> float:
     if run.kind == "dora":  # the base's result and the adapter's, for the magnitude's gradient
         total += sum(t.count * 2 * t.outputs * c for t in run.targets)
     return total
+
+
+# --- the fast path ------------------------------------------------------------------------------------
+
+
+def packs(shape: ModelShape, kind: str) -> bool:
+    """Whether texts may share a row. The keys and values of a prefix belong to one text each."""
+    return not (shape.model_type in PADDED_ARCHITECTURES or state_space_layers(shape) or kind == "prefix")
+
+
+def fused(shape: ModelShape, run: Pass, linear: Linear) -> bool:
+    """Whether a linear layer is computed by `kernels.projections`: those of Llama's attention and gated block together, any other
+    one where it has an adapter. DoRA and IA3 stay with PEFT's layers."""
+    if not run.fast or shape.model_type in CONV1D or run.kind in ("dora", "ia3") or not linear.is_linear_module:
+        return False
+    if linear.name in QUERY_KEY_VALUE:
+        return fused_attention(shape, run) or linear in run.targets
+    return (linear.name in GATED and fused_feed_forward(shape, run)) or linear in run.targets
+
+
+def fused_attention(shape: ModelShape, run: Pass) -> bool:
+    names = {linear.name for linear in shape.linears if linear.part == "attention"}
+    recognised = {*QUERY_KEY_VALUE, "o_proj"} <= names and shape.model_type not in OWN_ATTENTION
+    return run.fast and recognised and run.kind in ("full", "lora", "qlora")
+
+
+def fused_feed_forward(shape: ModelShape, run: Pass) -> bool:
+    names = {linear.name for linear in shape.linears if linear.part == "mlp"}
+    return run.fast and names == set(GATED) and run.kind in ("full", "lora", "qlora", "prefix")
+
+
+def _per_token_fast(shape: ModelShape, run: Pass, tokens: int, together: int) -> float:
+    """`together`: tokens that share a packed row."""
+    masked = shape.model_type in MASKED_ARCHITECTURES and run.packed
+    return (
+        fast_norms(shape, run)
+        + (fast_attention(shape, run, tokens) if run.packed and not masked else 0.0)
+        + (attention(shape, replace(run, padded=True), together if masked else tokens) if masked or not run.packed else 0.0)
+        + fast_projections(shape, run)
+        + (0.0 if fused_feed_forward(shape, run) else feed_forward(shape, run))
+        + experts(shape, run)
+        + state_space(shape, run)
+        + mamba_swelu(shape, run)
+        + inner_dropout(shape, run)
+        + adapters(replace(run, targets=tuple(t for t in run.targets if not fused(shape, run, t))))
+    )
+
+
+def fast_norm_width(shape: ModelShape, run: Pass, element: int) -> int:
+    """Bytes that a norm keeps of a token whose elements have so many: an RMS norm its input as it comes, and a number per row."""
+    return shape.hidden * _norm_width(shape, run) if is_layer_norm(shape) else shape.hidden * element + 4
+
+
+def fast_norms(shape: ModelShape, run: Pass) -> float:
+    """Norms on the way into a block read the residual stream, those on the way out the block's result in the compute type."""
+    if is_layer_norm(shape):
+        return norms(shape, run)
+    single = shape.model_type in STATE_SPACE | PARALLEL_BLOCKS | {MAMBA_SWELU}
+    entering, leaving = (2, 2) if shape.model_type in FOUR_NORMS else (0, 2) if shape.model_type in POST_NORMS else (2, 0)
+    entering = 1 if single else entering
+    first = 0 if run.full or not entering else 1  # what stands before the first adapter needs no gradient
+    total = float((shape.layers * entering - first) * fast_norm_width(shape, run, run.stream))
+    total += shape.layers * leaving * fast_norm_width(shape, run, run.compute)
+    if shape.model_type in NORMED_QUERIES:
+        total += attention_layers(shape) * (shape.heads + shape.kv_heads) * (shape.head_dim * run.compute + 4)
+    return total
+
+
+def block_width(tokens: int) -> float:
+    """Keys that a text's queries are multiplied with: all of its block, or on average those before a stretch of a long text."""
+    return -(-tokens // UNIT) * UNIT if tokens <= LARGEST_BLOCK else (tokens + STRETCH) / 2
+
+
+def kept_weights(length: float) -> float:
+    """Attention weights that the backward pass of a text finds, per head: those of its block where that is narrow, of which a text
+    fills a part if others have room beside it."""
+    width = max(block_width(math.ceil(length)), USUAL_BLOCK)
+    return 0.0 if length > KEPT_WIDTH else width * (width if length > width / 2 else length)
+
+
+def fast_attention(shape: ModelShape, run: Pass, tokens: int) -> float:
+    """Packed rows: queries, keys and values as they meet, heads that share keys not repeated, and no mask.
+
+    CUDA's kernel keeps its result and a number per head. `kernels.attention` keeps the weights of short texts, and the choice of
+    a model with dropout on weights.
+    """
+    c, width = run.compute, shape.heads * shape.head_dim
+    per_layer = float(c * (width + 2 * shape.kv_heads * shape.head_dim))
+    positions = 2 * shape.head_dim * run.stream if fused_attention(shape, run) else 0  # the rotations' tables, of all layers
+    dropout = shape.model_type in INNER_DROPOUT
+    if run.device == "cuda" and run.autocast and not dropout:
+        per_layer += c * width + 4 * shape.heads
+    else:
+        per_layer += shape.heads * c * run.kept_weights
+        per_layer += shape.heads * block_width(tokens) if dropout else 0
+    if _keeps_fused_queries(shape):
+        per_layer += 2 * c * width  # the values are a view of the fused projection, which stays as a whole
+    return attention_layers(shape) * per_layer + positions
+
+
+def fast_projections(shape: ModelShape, run: Pass) -> float:
+    """Inputs of linear layers, once for those that share one; of a fused gated block the gate and the other branch, of which the
+    product is made again; of adapters the outputs of A, and a byte for each input that dropout may take."""
+    c, total = run.compute, 0.0
+    alone = [t for t in shape.linears if _keeps_its_input(shape, run, t)]
+    if fused_attention(shape, run):
+        total += attention_layers(shape) * shape.hidden * c
+        alone = [t for t in alone if t.name not in QUERY_KEY_VALUE]
+    if fused_feed_forward(shape, run):
+        block = [t for t in shape.linears if t.name in GATED and t.part == "mlp"]
+        total += sum(t.count * (t.outputs + (t.inputs if t.name == "up_proj" else 0)) for t in block if t.name != "down_proj") * c
+        alone = [t for t in alone if t not in block]
+    # In the type that they are computed in, layers share an input; else each has its own copy.
+    total += (_shared_inputs(alone) if run.stream == c else sum(t.count * t.inputs for t in alone)) * c
+    if run.kind in ("lora", "qlora"):
+        adapted = [t for t in run.targets if fused(shape, run, t)]
+        total += sum(t.count * (run.rank * c + (t.inputs if run.dropout else 0)) for t in adapted)
+    return total
+
+
+def _keeps_its_input(shape: ModelShape, run: Pass, linear: Linear) -> bool:
+    """Whether a layer keeps its input in the compute type, beside what attention keeps anyway."""
+    if _reads_attention(shape, linear) and (not run.packed or run.device == "cuda"):
+        return False
+    called = linear.part != "expert" and (linear.is_linear_module or linear.part != "state")
+    return fused(shape, run, linear) or (run.full and called)

@@ -29,12 +29,12 @@ from finetuneflow.knowledge.facts import (
     cpu_device,
 )
 from finetuneflow.knowledge.flops import Flops, Traffic, flops_per_token, traffic
-from finetuneflow.knowledge.memory import drawn_at_once
+from finetuneflow.knowledge.memory import drawn_at_once, supervised_share
 from finetuneflow.knowledge.memory_phases import weight_bytes
 from finetuneflow.knowledge.objectives import Passes, passes_of, traits_of
 from finetuneflow.knowledge.resolve import Resolved, resolve
 from finetuneflow.knowledge.shapes.shape import ModelShape, kv_cache_bytes
-from finetuneflow.knowledge.steps import Steps, mean_width, row_lengths, steps_of
+from finetuneflow.knowledge.steps import Cutting, Steps, cutting_of, mean_width, row_lengths, steps_of
 from finetuneflow.knowledge.values import DataFacts, Device, Machine
 
 __all__ = [
@@ -167,14 +167,19 @@ def estimate_cost(
     resolved = resolved or resolve(config, machine)
     device, notes = _computing_device(machine, resolved)
     devices = machine.device_count if resolved.device != "cpu" else 1
-    counts = steps_of(config, data, devices)
+    cutting = cutting_of(shape, config, resolved.device, data)
+    counts = steps_of(config, data, devices, cutting=cutting)
     if efficiency is None:
         efficiency = assumed_efficiency(device, shape, resolved.compute_dtype)
     elif not isinstance(efficiency, Efficiency):
         efficiency = _given(efficiency)
     known = _rate(device, resolved) is not None
-    flops = flops_per_token(shape, config, resolved, counts.row_width)
-    load = _Load(shape, config, resolved, device, devices, counts, flops, traffic(shape, config, resolved))
+    scored = supervised_share(config, data) if cutting is not None else 1.0
+    flops = flops_per_token(
+        shape, config, resolved, counts.row_width, scored=scored, packed=cutting is not None and cutting.packed
+    )
+    moved = traffic(shape, config, resolved, scored=scored)
+    load = _Load(shape, config, resolved, device, devices, counts, flops, moved, cutting)
     expected = _seconds(load, data, efficiency.expected, 1.0)
     low = sum(_seconds(load, data, efficiency.high, LAUNCH_RANGE[0]).values())
     high = sum(_seconds(load, data, efficiency.low, LAUNCH_RANGE[1]).values())
@@ -270,6 +275,7 @@ class _Load:
     counts: Steps
     flops: Flops
     traffic: Traffic
+    cutting: Cutting | None
 
     @property
     def kind(self) -> str:
@@ -392,8 +398,12 @@ def _evaluation(load: _Load, data: DataFacts, examples: int, efficiency: float, 
     lengths, rows_per_example, _ = row_lengths(load.config, data)
     batch = load.config.training.eval_batch_size
     rows = examples * rows_per_example / load.devices
-    width = mean_width(lengths, min(batch, max(round(rows), 1)))
-    traits, passes = traits_of(load.config), math.ceil(rows / batch)
+    traits = traits_of(load.config)
+    if load.cutting is None:
+        width, passes = mean_width(lengths, min(batch, max(round(rows), 1))), math.ceil(rows / batch)
+    else:  # nearly without padding either way
+        width = sum(lengths) / len(lengths)
+        passes = math.ceil(rows * width / load.cutting.budget)
     drawn = load.config.reinforcement.max_new_tokens if traits.draws else 0
     forwards = 1.0 + min(load.passes.forward, 3.0)  # the policy, and what a step asks besides
     tokens = rows * (width + drawn) * traits.sides

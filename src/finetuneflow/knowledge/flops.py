@@ -35,18 +35,21 @@ class Flops:
         return self.forward + self.backward + self.recompute
 
 
-def flops_per_token(shape: ModelShape, config: RunConfig, resolved: Resolved, mean_length: float) -> Flops:
+def flops_per_token(
+    shape: ModelShape, config: RunConfig, resolved: Resolved, mean_length: float, *, scored: float = 1.0, packed: bool = False
+) -> Flops:
     """Operations of a training step per token of rows `mean_length` wide, padding included.
 
     Of a mixture of experts the active weights count. Attention counts the whole square where rows are padded: with a mask
-    PyTorch computes the masked half too. A row alone in its micro-batch needs no mask, and half the square is skipped. Embedding look-ups, norms and activation functions are left out (below 2 %).
+    PyTorch computes the masked half too. A row alone in its micro-batch needs no mask, and half the square is skipped, as it is for packed rows on CUDA. `scored`: share of
+    the tokens that reach the output layer. Embedding look-ups, norms and activation functions are left out (below 2 %).
     """
     method = config.method
     targets = _targets(shape, config)
     linears = 2.0 * sum(_active_weights(shape, linear) for linear in shape.linears)
-    head = 2.0 * shape.embedding_parameters
+    head = 2.0 * shape.embedding_parameters * scored
     virtual = method.num_virtual_tokens if method.kind == "prefix" else 0
-    alone = config.training.batch_size == 1
+    alone = resolved.device == "cuda" if packed else config.training.batch_size == 1
     mixing = _attention(shape, (mean_length / 2 if alone else mean_length) + virtual) + SCAN_OPERATIONS * shape.state_values
     adapters = 2.0 * _low_rank(shape, config, targets)
     again = 2.0 * sum(_active_weights(shape, t) for t in targets) if method.kind == "dora" and method.dropout else 0.0
@@ -54,7 +57,7 @@ def flops_per_token(shape: ModelShape, config: RunConfig, resolved: Resolved, me
     recompute = forward - head if resolved.gradient_checkpointing else 0.0
     if method.kind == "full":
         return Flops(forward, 2 * forward, recompute)
-    backward = linears + head + 2 * mixing + 2 * adapters + again + 2.0 * _saved_modules(shape, config)
+    backward = linears + head + 2 * mixing + 2 * adapters + again + 2.0 * _saved_modules(shape, config, scored)
     return Flops(forward, backward, recompute)
 
 
@@ -83,11 +86,11 @@ def _low_rank(shape: ModelShape, config: RunConfig, targets: tuple[Linear, ...])
     return sum(config.method.r * (t.inputs + t.outputs) * t.count * share[t.part == "expert"] for t in targets)
 
 
-def _saved_modules(shape: ModelShape, config: RunConfig) -> float:
+def _saved_modules(shape: ModelShape, config: RunConfig, scored: float) -> float:
     """Weights of modules trained in full beside an adapter; an embedding is looked up, not multiplied."""
     names = {name.rsplit(".", 1)[-1] for name in config.method.modules_to_save}
     linears = sum(_active_weights(shape, linear) for linear in shape.linears if linear.name in names)
-    return linears + (shape.embedding_parameters if shape.head_name in names else 0.0)
+    return linears + (shape.embedding_parameters * scored if shape.head_name in names else 0.0)
 
 
 # --- bytes ------------------------------------------------------------------------------------------
@@ -114,8 +117,11 @@ class Traffic:
     trainable: int
 
 
-def traffic(shape: ModelShape, config: RunConfig, resolved: Resolved) -> Traffic:
-    """Bytes a step moves between memory and units: the other bound of its time (Williams et al. 2009, the roofline model)."""
+def traffic(shape: ModelShape, config: RunConfig, resolved: Resolved, *, scored: float = 1.0) -> Traffic:
+    """Bytes a step moves between memory and units: the other bound of its time (Williams et al. 2009, the roofline model).
+
+    `scored`: share of the tokens that become logits.
+    """
     width, storage = TYPE_BYTES[resolved.compute_dtype], TYPE_BYTES[resolved.storage_dtype]
     passes = 3 if resolved.gradient_checkpointing else 2
     tensors = trainable_tensors(shape, config.method, _targets(shape, config))
@@ -132,7 +138,7 @@ def traffic(shape: ModelShape, config: RunConfig, resolved: Resolved) -> Traffic
     return Traffic(
         per_micro_batch=weights + 8.0 * trainable,  # gradients are added up in fp32
         unpacking=unpacking,
-        per_token=ACTIVATION_TRAFFIC * width * values * passes / 2 + LOGIT_TRAFFIC * shape.vocab,
+        per_token=ACTIVATION_TRAFFIC * width * values * passes / 2 + LOGIT_TRAFFIC * shape.vocab * scored,
         per_step=float(OPTIMIZER_BYTES.get(resolved.optimizer, ADAMW_BYTES) * trainable),
         trainable=trainable,
     )

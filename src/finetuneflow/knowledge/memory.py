@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from finetuneflow.config import RunConfig
 from finetuneflow.knowledge import memory_phases
-from finetuneflow.knowledge.activations import TYPE_BYTES
+from finetuneflow.knowledge.activations import TYPE_BYTES, kept_weights
 from finetuneflow.knowledge.memory_heads import drawing_copies
 from finetuneflow.knowledge.memory_phases import (
     COLLATOR_MULTIPLE,
@@ -35,6 +35,7 @@ from finetuneflow.knowledge.memory_phases import (
 from finetuneflow.knowledge.objectives import reference_of, reward_models, supervise_of, traits_of
 from finetuneflow.knowledge.resolve import Resolved, resolve
 from finetuneflow.knowledge.shapes.shape import ModelShape, kv_cache_bytes
+from finetuneflow.knowledge.steps import Cutting, cutting_of
 from finetuneflow.knowledge.values import DataFacts, Machine
 
 Verdict = Literal["fits", "tight", "no"]
@@ -43,6 +44,7 @@ Verdict = Literal["fits", "tight", "no"]
 # per cent; main memory is shared with the system and its file cache.
 USABLE = {"cuda": 0.95, "cpu": 0.90}
 COMFORTABLE = 0.85  # of the usable share: above it the verdict is "tight"
+ROWS_CUT_TOGETHER = 256  # rows of an evaluation among which the fast path fills its passes; a test compares
 DRAWN_TOGETHER = 4  # micro-batches of prompts that `training/ppo.py` answers at once; a test compares
 
 
@@ -117,7 +119,7 @@ def estimate(
     earlier runs on the machine through `correction_from`. `workload` overrides what config and data say about batches.
     """
     resolved = resolved or resolve(config, machine)
-    workload = workload or workload_of(config, data)
+    workload = workload or workload_of(shape, config, resolved, data)
     device = resolved.device
     parts = parts_of(shape, config, resolved, workload)
     shares = machine.device_count if strategy == "fsdp" else 1
@@ -152,34 +154,68 @@ def _verdict(total: int, usable: int, paged: int) -> Verdict:
     return "tight" if total - paged <= usable else "no"
 
 
-def workload_of(config: RunConfig, data: DataFacts | None = None) -> Workload:
+def workload_of(shape: ModelShape, config: RunConfig, resolved: Resolved, data: DataFacts | None = None) -> Workload:
     """The widest micro-batch: rows of `max_length`, or of the longest example where all are shorter, and drawn answers behind
-    the longest prompt."""
+    the longest prompt. On the fast path: as many tokens as its budget lets pass at once."""
     limit, traits = config.data.max_length, traits_of(config)
     notes = []
     longest = data.length_percentiles[-1] if data is not None and data.length_percentiles else None
     if longest is not None and longest < limit and longest > 0:
         notes.append(f"The longest example has {longest:,} tokens: data.max_length {limit:,} is never reached.")
     tokens = min(limit, longest) if longest else limit
+    batch, eval_batch = config.training.batch_size, config.training.eval_batch_size
+    if not (config.data.eval or config.data.eval_fraction > 0):
+        eval_batch = 0
+    if (cutting := cutting_of(shape, config, resolved.device, data)) is not None:
+        found = _workload_of_budget(cutting, config, data, max(tokens, 1), evaluates=eval_batch > 0)
+        return replace(found, notes=tuple(notes))
     drawn_tokens = config.reinforcement.max_new_tokens if traits.draws else 0
     width = -(-tokens // COLLATOR_MULTIPLE) * COLLATOR_MULTIPLE + drawn_tokens
-    batch, eval_batch = config.training.batch_size, config.training.eval_batch_size
     if data is not None and 0 < data.examples < batch and not traits.draws:
         batch = data.examples
-    evaluates = bool(config.data.eval) or config.data.eval_fraction > 0
     return Workload(
         batch=batch * traits.sides,
         tokens=width,
-        eval_batch=eval_batch * traits.sides if evaluates else 0,
+        eval_batch=eval_batch * traits.sides,
         eval_tokens=width,
-        supervised=drawn_tokens / width if traits.draws else _supervised(config, data),
-        drawn=drawn_at_once(config, eval_batch if evaluates else 0),
+        supervised=drawn_tokens / width if traits.draws else supervised_share(config, data),
+        micro_batches=config.training.gradient_accumulation,
+        drawn=drawn_at_once(config, eval_batch),
         new_tokens=drawn_tokens,
         notes=tuple(notes),
     )
 
 
-def _supervised(config: RunConfig, data: DataFacts | None) -> float:
+def _workload_of_budget(
+    cutting: Cutting, config: RunConfig, data: DataFacts | None, longest: int, *, evaluates: bool
+) -> Workload:
+    """The fullest forward pass of the fast path: its budget, or all rows of a step where those are fewer tokens."""
+    rows = config.training.effective_batch
+    if data is not None and 0 < data.examples < rows:
+        rows = data.examples
+    width = longest if cutting.packed else -(-longest // COLLATOR_MULTIPLE) * COLLATOR_MULTIPLE
+    budget = max(cutting.budget, width)  # a row is never cut
+    at_once = min(budget / width, rows)
+    return Workload(
+        batch=at_once,
+        tokens=width,
+        eval_batch=min(budget / width, max(config.training.eval_batch_size, ROWS_CUT_TOGETHER)) if evaluates else 0,
+        eval_tokens=width,
+        supervised=supervised_share(config, data),
+        padded=not cutting.packed,
+        micro_batches=math.ceil(rows / at_once),
+        kept_weights=_kept_weights(data, longest),
+    )
+
+
+def _kept_weights(data: DataFacts | None, longest: int) -> float:
+    """Per token and head, over texts of the data's lengths; where those are not known, over texts of the longest."""
+    lengths = [length for length in data.length_percentiles if length > 0] if data is not None else []
+    lengths = lengths or [longest]
+    return sum(kept_weights(min(length, longest)) for length in lengths) / sum(lengths)
+
+
+def supervised_share(config: RunConfig, data: DataFacts | None) -> float:
     """Share of the tokens that are in the loss."""
     if (
         (supervise_of(config) == "all" and traits_of(config).form == "supervised")

@@ -1,6 +1,7 @@
 """What becomes of the last hidden states, in bytes at the worst moment of a forward and backward pass.
 
-logit_bytes     sft: logits of all positions (training/trainer.py, `supervised_loss`)
+chunk_bytes     sft, pretrain: logits chunk by chunk, at the supervised positions (kernels/loss.py)
+logit_bytes     the same on the plain path: logits of all positions (training/trainer.py, `plain_loss`)
 tile_bytes      preferences, grpo, rloo: log-probabilities in tiles of the vocabulary (TRL's fused head)
 answer_bytes    ppo: logits from the first answer token on (training/ppo_actors.py)
 """
@@ -17,7 +18,7 @@ TILE_FORWARD, TILE_BACKWARD = 3 * 4, 7 * 4 + 1
 
 
 def logit_bytes(vocab: int, num_tokens: int, supervised: int, *, autocast: bool, training: bool = True) -> int:
-    """The highest moment of the loss (training/trainer.py, `supervised_loss`).
+    """The highest moment of the loss (training/trainer.py, `plain_loss`).
 
     Logits of all positions leave the model in fp32 (accelerate casts what autocast returns, both types alive for a moment).
     Of the supervised positions there are a copy and their log-softmax; backwards, the log-softmax with two gradients, then
@@ -26,6 +27,41 @@ def logit_bytes(vocab: int, num_tokens: int, supervised: int, *, autocast: bool,
     full, chosen = 4 * num_tokens * vocab, 4 * supervised * vocab
     forward = max(full + 2 * chosen, full * 3 // 2 if autocast else full)
     return max(forward, 3 * chosen, 2 * full) if training and supervised else forward
+
+
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # kernels/loss.py; a test compares
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The fast path's loss over `scored` positions. `compute`: bytes of the type of the products; `weight`: of the stored matrix;
+    `trained`: the matrix gets a gradient."""
+
+    vocab: int
+    hidden: int
+    scored: int
+    compute: int
+    weight: int
+    device: str
+    trained: bool
+
+
+def chunk_bytes(chunks: Chunks, *, training: bool) -> int:
+    """A chunk's logits; the hidden states in both types, and their gradient; the matrix in the compute type. Of a trained matrix the
+    gradient in fp32, and what a chunk adds to it."""
+    matrix, states = chunks.vocab * chunks.hidden, chunks.scored * chunks.hidden
+    copies = matrix * chunks.compute if chunks.compute != chunks.weight else 0
+    gradient = matrix * (4 + chunks.compute) if chunks.trained and training else 0
+    held = states * (chunks.weight + chunks.compute * (2 if training else 1))
+    return chunk_logits(chunks, training=training) + held + copies + gradient
+
+
+def chunk_logits(chunks: Chunks, *, training: bool) -> int:
+    """In fp32 a chunk's logits, and those of the chunk before or their own exponentials; in 16 bits the product that they come from,
+    and the gradient of the chunk before."""
+    rows = min(max(CHUNK_BYTES[chunks.device] // (4 * chunks.vocab) // 16 * 16, 16), chunks.scored)
+    cast = chunks.compute if chunks.compute != 4 else 0
+    return rows * chunks.vocab * (8 + cast * (2 if training else 1))
 
 
 @dataclass(frozen=True, slots=True)

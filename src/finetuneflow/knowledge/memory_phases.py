@@ -14,8 +14,17 @@ from typing import Literal
 from finetuneflow.config import Method, RunConfig
 from finetuneflow.knowledge import activations
 from finetuneflow.knowledge.activations import TYPE_BYTES, Attention, Pass
-from finetuneflow.knowledge.memory_heads import Tiles, answer_bytes, drawing_copies, logit_bytes, tile_bytes
-from finetuneflow.knowledge.objectives import Traits, has_live_reference, reference_of, reward_models, traits_of
+from finetuneflow.knowledge.memory_heads import (
+    Chunks,
+    Tiles,
+    answer_bytes,
+    chunk_bytes,
+    chunk_logits,
+    drawing_copies,
+    logit_bytes,
+    tile_bytes,
+)
+from finetuneflow.knowledge.objectives import Traits, has_live_reference, reference_of, reward_models, takes_fast_path, traits_of
 from finetuneflow.knowledge.resolve import Resolved
 from finetuneflow.knowledge.shapes.shape import Linear, ModelShape, kv_cache_bytes
 from finetuneflow.knowledge.shapes.targets import target_linears
@@ -35,10 +44,13 @@ CUDA_HOST = 3_000_000_000
 SLACK = {"cuda": 0.05, "cpu": 0.5}
 # With checkpointing glibc's holes remain: 0.33-0.39 of what would have been kept without it.
 CPU_CHECKPOINT_SLACK = 0.35
+# The fast path makes fewer blocks for a moment, so it leaves fewer holes (0.1-0.8 of the activations seen); but its chunks of logits
+# stay just below 32 MB, and leave holes as large as themselves.
+FAST_CPU_SLACK, FAST_CPU_CHECKPOINT_SLACK = 0.35, 0.25
 # oneDNN compiles a kernel per matrix shape and keeps up to 1,024 of them. Experts get other numbers of tokens at every step, so
 # that cache fills within some ten steps. Measured on one mixture: 0.7 GB of kernels and as much in holes between them. Other
 # models meet few shapes. (With ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 the same run took 0.9 GB less.)
-ONEDNN_CACHE = 1_500_000_000
+ONEDNN_CACHE, FAST_ONEDNN_CACHE = 1_500_000_000, 1_000_000_000
 
 # bitsandbytes (optim/optimizer.py): tensors below keep 32-bit states; 8-bit states have an fp32 constant per 256 values;
 # only tensors of 100,000 values and more are paged. transformers keeps embeddings in 32 bits.
@@ -52,19 +64,22 @@ COLLATOR_MULTIPLE = 8  # batches are padded to a multiple of this width
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What passes through the model at once. `batch`: its rows, two for a pair. `tokens`: width of the widest micro-batch,
-    padding included.
+    padding included. Of a packed row `tokens` is its longest text, and `batch` how many such texts it is as long as.
 
-    `supervised`: share of tokens that enter the loss. `padded`: rows differ in length, so attention needs a mask.
+    `micro_batches`: of an optimizer step, at most. `supervised`: share of tokens that enter the loss. `padded`: rows differ in length,
+    so attention needs a mask. `kept_weights`: attention weights that are kept, per token and head (`activations.kept_weights`).
     `drawn`: sequences that answers are drawn for at once, each of `new_tokens` at most, which `tokens` includes.
     """
 
-    batch: int
+    batch: float
     tokens: int
-    eval_batch: int = 0
+    eval_batch: float = 0
     eval_tokens: int = 0
     supervised: float = 1.0
     attention: Attention = "sdpa"
     padded: bool = True
+    micro_batches: int = 1
+    kept_weights: float = 0.0
     drawn: int = 0
     new_tokens: int = 0
     notes: tuple[str, ...] = ()
@@ -172,7 +187,12 @@ class Parts:
 
     @property
     def num_tokens(self) -> int:
-        return self.workload.batch * self.workload.tokens
+        return round(self.workload.batch * self.workload.tokens)
+
+    @property
+    def trains_head(self) -> bool:
+        saved = {name.rsplit(".", 1)[-1] for name in self.config.method.modules_to_save}
+        return self.run.full or self.shape.head_name in saved
 
 
 def parts_of(shape: ModelShape, config: RunConfig, resolved: Resolved, workload: Workload) -> Parts:
@@ -244,6 +264,8 @@ def _pass(config: RunConfig, resolved: Resolved, targets: tuple[Linear, ...], wo
         attention=workload.attention,
         padded=workload.padded,
         virtual_tokens=method.num_virtual_tokens if method.kind == "prefix" else 0,
+        fast=takes_fast_path(config),
+        kept_weights=workload.kept_weights,
     )
 
 
@@ -311,7 +333,8 @@ def _runtime(parts: Parts) -> int:
     if parts.resolved.device != "cpu":
         return CUDA_CONTEXT
     many_shapes = parts.shape.num_experts > 0 and parts.run.autocast and not parts.run.full
-    return CPU_PROCESS + (ONEDNN_CACHE if many_shapes else 0)
+    cache = FAST_ONEDNN_CACHE if parts.run.fast else ONEDNN_CACHE
+    return CPU_PROCESS + (cache if many_shapes else 0)
 
 
 def _loading(parts: Parts, fixed: dict[str, int]) -> dict[str, int]:
@@ -340,10 +363,14 @@ def _step(parts: Parts, shares: int, strategy: Strategy) -> dict[str, int]:
     transient = layer_temporaries(parts)
     logits = head_bytes(parts, training=True)
     gradients = 4 * parts.trainable // shares
-    accumulated = gradients if parts.config.training.gradient_accumulation > 1 else 0
+    accumulated = gradients if work.micro_batches > 1 else 0
     gathered = _gathered(parts, strategy)
     buckets = gradients if strategy == "ddp" else 0  # the reducer's buckets are a second copy (gradient_as_bucket_view is off)
     head_gradient = 6 * shape.vocab * shape.hidden if run.full and parts.traits.head != "score" else 0
+    waiting = 0  # of a tied matrix the head's gradient waits for the embedding's
+    if run.fast:
+        waiting = 4 * shape.vocab * shape.hidden if parts.trains_head and shape.tied else 0
+        head_gradient = 0  # is in `logits`
     if parts.resolved.gradient_checkpointing:
         inputs = activations.checkpoint_bytes(shape, run, parts.num_tokens) + head
         layer = every_layer // max(shape.layers, 1)
@@ -351,14 +378,19 @@ def _step(parts: Parts, shares: int, strategy: Strategy) -> dict[str, int]:
         moments = [
             {"activations": inputs, "logits": 0, "temporary": copies, "gradients": accumulated},
             {"activations": inputs, "logits": max(logits, 0), "temporary": head_gradient, "gradients": accumulated},
-            {"activations": inputs + layer, "logits": 0, "temporary": transient + per_layer_copies, "gradients": gradients},
+            {
+                "activations": inputs + layer,
+                "logits": 0,
+                "temporary": transient + per_layer_copies + waiting,
+                "gradients": gradients,
+            },
         ]
     else:
         kept = every_layer + head
         moments = [
             {"activations": kept, "logits": logits, "temporary": copies, "gradients": accumulated},
-            {"activations": kept, "logits": 0, "temporary": copies + transient, "gradients": accumulated},
-            {"activations": kept // max(shape.layers, 1), "logits": 0, "temporary": transient, "gradients": gradients},
+            {"activations": kept, "logits": 0, "temporary": copies + transient + waiting, "gradients": accumulated},
+            {"activations": kept // max(shape.layers, 1), "logits": 0, "temporary": transient + waiting, "gradients": gradients},
         ]
     highest = max(moments, key=lambda moment: sum(moment.values()))
     highest["temporary"] += gathered
@@ -370,29 +402,39 @@ def head_bytes(parts: Parts, *, training: bool) -> int:
     """What the objective makes of the last hidden states, at the worst moment."""
     shape, run, work, kind = parts.shape, parts.run, parts.workload, parts.traits.head
     scored = round(parts.num_tokens * work.supervised)
+    if kind == "logits" and run.fast:
+        return chunk_bytes(_chunks(parts, scored), training=training)
     if kind == "logits":
         return logit_bytes(shape.vocab, parts.num_tokens, scored, autocast=run.autocast, training=training)
     if kind == "tiles":
         tiles = Tiles(shape.vocab, shape.hidden, parts.num_tokens, scored, run.compute, run.device == "cuda")
         return tile_bytes(tiles, training=training)
     if kind == "answers":
-        return answer_bytes(shape.vocab, work.batch * work.new_tokens, run.compute, training=training)
+        return answer_bytes(shape.vocab, round(work.batch * work.new_tokens), run.compute, training=training)
     return 0
+
+
+def _chunks(parts: Parts, scored: int) -> Chunks:
+    stored = 4 if parts.trains_head else TYPE_BYTES[parts.resolved.storage_dtype]
+    run = parts.run
+    return Chunks(parts.shape.vocab, parts.shape.hidden, scored, run.compute, stored, run.device, parts.trains_head)
 
 
 def cast_copies(parts: Parts) -> int:
     """16-bit copies of fp32 weights that autocast makes and the graph keeps.
 
-    Trained weights are cast once per forward pass; frozen fp32 weights at each use. Fused experts are left out of autocast.
+    Trained weights are cast once per forward pass; frozen fp32 weights at each use. Fused experts are left out of autocast. What
+    the fast path computes is cast for the moment alone.
     """
     run, shape = parts.run, parts.shape
     if not run.autocast:
         return 0
-    linears = sum(t.num_parameters for t in shape.linears if t.part != "expert")
+    linears = sum(t.num_parameters for t in shape.linears if t.part != "expert" and not activations.fused(shape, run, t))
     if run.full or parts.resolved.storage_dtype == "float32":
-        head = shape.vocab * shape.hidden if parts.traits.head in ("logits", "answers") else 0  # tiles cast what they need
-        return run.compute * (linears + head)
-    copies = run.compute * parts.trainable
+        whole = parts.traits.head in ("logits", "answers") and not run.fast  # tiles and chunks cast what they need
+        return run.compute * (linears + (shape.vocab * shape.hidden if whole else 0))
+    fused = sum(t.count * run.rank * (t.inputs + t.outputs) for t in run.targets if activations.fused(shape, run, t))
+    copies = run.compute * (parts.trainable - fused)
     # PEFT adds the change of a fused expert tensor to the tensor itself: the sum is a second copy.
     copies += run.compute * sum(t.num_parameters for t in run.targets if t.part == "expert")
     if run.kind == "dora" and run.dropout:  # the base's weight is raised to fp32 for the product, and cast again
@@ -406,7 +448,10 @@ def layer_temporaries(parts: Parts) -> int:
     widest = max((max(t.inputs, t.outputs) * (shape.expert_share if t.part == "expert" else 1) for t in shape.linears), default=0)
     elements = n * widest
     moving = round(elements * 3 * run.compute)
-    if run.kind in ("lora", "dora", "ia3"):
+    if run.fast and activations.fused_feed_forward(shape, run):
+        # Of the inner width: three gradients, the product made again, the activation, and the gradient times the other branch.
+        moving = round(elements * 6 * run.compute)
+    elif run.kind in ("lora", "dora", "ia3"):
         moving += round(elements * 8)
     weights = 0
     if run.kind == "qlora":
@@ -449,7 +494,10 @@ def _evaluation(parts: Parts) -> dict[str, int]:
     forward = replace(parts, workload=replace(work, batch=work.eval_batch, tokens=work.eval_tokens))
     logits = head_bytes(forward, training=False)
     copies = cast_copies(parts) if parts.run.full else 0
-    return {"logits": logits, "temporary": copies + layer_temporaries(forward) * (1 if not logits else 0)}
+    layer = layer_temporaries(forward)
+    if parts.run.fast:
+        return {"logits": logits, "temporary": copies + max(layer - logits, 0)}
+    return {"logits": logits, "temporary": copies + layer * (1 if not logits else 0)}
 
 
 def _generation(parts: Parts) -> dict[str, int]:
@@ -481,8 +529,17 @@ def host_bytes(parts: Parts) -> int:
 
 
 def _slack(parts: Parts) -> int:
+    """What the allocator holds beyond the tensors alive, at the end of a forward pass."""
+    on_cpu, checkpointing = parts.resolved.device == "cpu", parts.resolved.gradient_checkpointing
     kept = activations.kept_bytes(parts.shape, parts.run, parts.workload.batch, parts.workload.tokens)
+    if on_cpu and parts.run.fast:
+        return round((FAST_CPU_CHECKPOINT_SLACK if checkpointing else FAST_CPU_SLACK) * kept) + _chunk_holes(parts)
+    if on_cpu:
+        return round((CPU_CHECKPOINT_SLACK if checkpointing else SLACK["cpu"]) * kept)
     inputs = activations.checkpoint_bytes(parts.shape, parts.run, parts.num_tokens)
-    if not parts.resolved.gradient_checkpointing:
-        return round(SLACK[parts.resolved.device] * kept)
-    return round(CPU_CHECKPOINT_SLACK * kept if parts.resolved.device == "cpu" else SLACK["cuda"] * inputs)
+    return round(SLACK["cuda"] * (inputs if checkpointing else kept))
+
+
+def _chunk_holes(parts: Parts) -> int:
+    scored = round(parts.num_tokens * parts.workload.supervised)
+    return chunk_logits(_chunks(parts, scored), training=True)

@@ -60,6 +60,11 @@ def traits_of(config: RunConfig) -> Traits:
     return TRAITS[config.training.objective]
 
 
+def takes_fast_path(config: RunConfig) -> bool:
+    """Whether the run asks for the fast path (`models/fast.py`)."""
+    return config.training.speed == "auto" and traits_of(config).family == "supervised"
+
+
 def counts_length_out(config: RunConfig) -> bool:
     """Whether answers are compared per token, so that the longer of two has no advantage."""
     objective = config.training.objective

@@ -31,7 +31,7 @@ from finetuneflow.knowledge.decision_matrix import (
 from finetuneflow.knowledge.hyperparameters import QUALITY, Quality
 from finetuneflow.knowledge.memory import Estimate, estimate
 from finetuneflow.knowledge.memory_phases import Strategy
-from finetuneflow.knowledge.objectives import least_batch, rows_per_step
+from finetuneflow.knowledge.objectives import least_batch, rows_per_step, takes_fast_path
 from finetuneflow.knowledge.plan import Option, Plan, to_run_config
 from finetuneflow.knowledge.reasons import solved_settings
 from finetuneflow.knowledge.resolve import resolve
@@ -47,6 +47,7 @@ from finetuneflow.knowledge.search import (
     with_settings,
 )
 from finetuneflow.knowledge.shapes.shape import ModelShape
+from finetuneflow.knowledge.steps import ENOUGH_TOKENS
 from finetuneflow.knowledge.values import GB, DataFacts, Machine
 from finetuneflow.knowledge.variants import Asked, Variant, chosen_settings, kept_settings, values_of, variants_for
 
@@ -215,8 +216,12 @@ def _grid(asked: Asked, variant: Variant, strategies: Sequence[Strategy]) -> Gri
         optimizers = tuple(o for o in allowed if variant.optimizers is None or o in variant.optimizers)
     fixed = {"auto": (False, True), "on": (True,), "off": (False,)}
     least = least_batch(asked.config)
+    fast = takes_fast_path(asked.config)
+    percentiles = asked.data.length_percentiles if asked.data is not None else ()
     return Grid(
         least_batch=least,
+        enough=(training.token_budget or ENOUGH_TOKENS["cuda" if gpu else "cpu"]) if fast else None,
+        longest=percentiles[-1] if percentiles and percentiles[-1] > 0 else None,
         lengths=lengths(asked.wanted_length, asked.config.data.max_length),
         per_device={
             s: max(per_device_examples(training.effective_batch, 1 if s == "single" else machine.device_count), least)

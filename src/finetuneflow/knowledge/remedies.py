@@ -17,8 +17,9 @@ from finetuneflow.config import RunConfig
 from finetuneflow.errors import FineTuneFlowError
 from finetuneflow.knowledge.criteria import ADAPTER_RATES, RATES, rate_text
 from finetuneflow.knowledge.memory import Estimate
-from finetuneflow.knowledge.objectives import least_batch, traits_of
+from finetuneflow.knowledge.objectives import least_batch, takes_fast_path, traits_of
 from finetuneflow.knowledge.resolve import objective_rate, resolve_on
+from finetuneflow.knowledge.steps import smaller_budgets
 from finetuneflow.knowledge.values import GB, Machine
 
 WhatIf = Callable[[dict[str, Any]], int]
@@ -261,14 +262,18 @@ def _changes(
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Texts with the settings to try, mildest first; the order is that of the harm done to the result."""
     training, method = config.training, config.method
-    if estimate is not None and estimate.phase == "evaluation" and training.eval_batch_size > 1:
+    fast = takes_fast_path(config)
+    if estimate is not None and estimate.phase == "evaluation" and training.eval_batch_size > 1 and not fast:
         yield (
             "Evaluate {eval_batch_size} example(s) at a time: evaluation is where the peak is.",
             [{"training.eval_batch_size": 1}],
         )
     if estimate is not None and estimate.phase == "generation":
         yield from _less_drawn(config)
-    if batches := _smaller_batches(training.batch_size, training.effective_batch, least_batch(config)):
+    if fast and training.token_budget is not None:  # the micro-batch decides nothing then
+        if budgets := [{"training.token_budget": tokens} for tokens in smaller_budgets(training)]:
+            yield "At most {token_budget} tokens in a forward pass: the same result, a little slower.", budgets
+    elif batches := _smaller_batches(training.batch_size, training.effective_batch, least_batch(config)):
         yield "Smaller micro-batch at the same effective batch: the same result, a little slower.", batches
     if training.gradient_checkpointing == "off" or (training.gradient_checkpointing == "auto" and device == "cpu"):
         yield (

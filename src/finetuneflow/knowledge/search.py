@@ -55,20 +55,32 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The values each setting may take. Lengths in the order of preference."""
+    """The values each setting may take. Lengths in the order of preference.
+
+    `enough`: tokens of a forward pass beyond which the micro-batch changes nothing (None: it always does). Rows are as long as the
+    limit, or as `longest` where all are shorter.
+    """
 
     lengths: tuple[int, ...]
     per_device: Mapping[Strategy, int]  # examples per optimizer step and device
     checkpointing: tuple[bool, ...]
     optimizers: tuple[str, ...]
     least_batch: int = 1
+    enough: int | None = None
+    longest: int | None = None
+
+    def batches(self, examples: int, max_length: int) -> list[int]:
+        """Micro-batches of a step of `examples`, ascending, up to the first that holds `enough`."""
+        tokens = min(max_length, self.longest or max_length)
+        sizes = [batch for batch in divisors(examples) if batch >= self.least_batch]
+        too_few = sum(self.enough is None or batch * tokens < self.enough for batch in sizes)
+        return sizes[: too_few + 1]
 
     def candidates(self, max_length: int) -> list[Candidate]:
         return [
             Candidate(max_length, batch, examples // batch, checkpointing, optimizer, strategy)
             for strategy, examples in self.per_device.items()
-            for batch in divisors(examples)
-            if batch >= self.least_batch
+            for batch in self.batches(examples, max_length)
             for checkpointing in self.checkpointing
             for optimizer in self.optimizers
         ]

@@ -1,7 +1,7 @@
 """How much work a run is: optimizer steps, examples and tokens, counted as the trainer counts them.
 
 Rows are padded to the longest of their micro-batch, rounded up to a multiple of 8; what that adds is reckoned from how the
-lengths spread.
+lengths spread. The fast path packs the rows of a step instead, or pads rows of like length (`Cutting`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from finetuneflow.config import RunConfig, Training
+from finetuneflow.knowledge.activations import packs
 from finetuneflow.knowledge.memory_phases import COLLATOR_MULTIPLE
-from finetuneflow.knowledge.objectives import rows_per_step, traits_of
+from finetuneflow.knowledge.objectives import rows_per_step, takes_fast_path, traits_of
+from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.values import DataFacts
 
 STRETCH = 16  # `data.batches.EpochSampler` sorts as many steps' rows by length at a time; a test compares
@@ -52,6 +54,34 @@ def token_budget(training: Training, max_length: int, device: str, *, longest: i
     return Budget(tokens, f"On this {device}, larger forward passes gain nothing.")
 
 
+SMALLEST_BUDGET = 256  # tokens; below, a processor too waits for its calls
+
+
+def smaller_budgets(training: Training) -> list[int]:
+    """Halves of a budget that was asked for."""
+    found, tokens = [], training.token_budget or 0
+    while (tokens := tokens // 2) >= SMALLEST_BUDGET:
+        found.append(tokens)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How the fast path cuts a step: `budget` tokens to a forward pass, packed behind one another or padded."""
+
+    budget: int
+    packed: bool
+
+
+def cutting_of(shape: ModelShape, config: RunConfig, device: str, data: DataFacts | None = None) -> Cutting | None:
+    """None on the plain path."""
+    if not takes_fast_path(config):
+        return None
+    longest = data.length_percentiles[-1] if data is not None and data.length_percentiles else None
+    budget = token_budget(config.training, config.data.max_length, device, longest=max(longest or 0, 0) or None)
+    return Cutting(budget.tokens, packs(shape, config.method.kind))
+
+
 @dataclass(frozen=True, slots=True)
 class Steps:
     """A run in counts, over all devices. `epochs`: passes over the rows, a fraction where `max_steps` ends one early.
@@ -79,11 +109,12 @@ class Steps:
         return 1 - self.tokens_seen / self.padded_tokens if self.padded_tokens else 0.0
 
 
-def steps_of(config: RunConfig, data: DataFacts, device_count: int = 1) -> Steps:
+def steps_of(config: RunConfig, data: DataFacts, device_count: int = 1, *, cutting: Cutting | None = None) -> Steps:
     """What transformers' trainer will do with `data` (its training part, before anything is cut).
 
     An epoch has ceil(rows / (micro-batch x devices)) micro-batches and a step for each `gradient_accumulation` of them, the
-    last step with the rest. On several devices accelerate repeats rows until the last micro-batches are full.
+    last step with the rest. On several devices accelerate repeats rows until the last micro-batches are full. With `cutting`
+    the rows of a step are the same, in other micro-batches.
     """
     if device_count < 1:
         raise ValueError("device_count must be at least 1")
@@ -103,6 +134,10 @@ def steps_of(config: RunConfig, data: DataFacts, device_count: int = 1) -> Steps
     # Of a pair the lengths are those of its longer side.
     mean = longer if traits.sides == 1 else longer * (data.both_tokens or 2 * data.mean_tokens or 1) / (data.mean_tokens or 1)
     width = traits.sides * max(mean_width(lengths, min(batch, max(rows, 1)), groups=_groups(config, rows)), longer)
+    micro_batches = whole * per_epoch + min(rest * accumulation, per_epoch)
+    if cutting is not None:
+        passes, width = _cut(lengths, min(training.effective_batch, max(rows, 1)), cutting, sort=training.group_by_length)
+        micro_batches = max(round(seen / (training.effective_batch * device_count) * passes), steps)
     return Steps(
         steps=steps,
         epochs=steps / steps_per_epoch,
@@ -110,7 +145,7 @@ def steps_of(config: RunConfig, data: DataFacts, device_count: int = 1) -> Steps
         tokens_seen=round(seen * mean),
         warmup_steps=0 if training.scheduler == "constant" else math.ceil(steps * min(training.warmup_ratio, 0.999_999)),
         effective_batch=training.effective_batch * device_count,
-        micro_batches=whole * per_epoch + min(rest * accumulation, per_epoch),
+        micro_batches=micro_batches,
         padded_tokens=round(seen * width),
         row_tokens=mean,
         row_width=width,
@@ -197,6 +232,31 @@ def _groups(config: RunConfig, rows: int) -> int:
     return max(min(STRETCH * training.effective_batch, rows) // training.batch_size, 1)
 
 
+def _cut(lengths: Sequence[float], rows: int, cutting: Cutting, *, sort: bool) -> tuple[float, float]:
+    """(forward passes of a step of `rows` rows, mean width of a row).
+
+    Packed rows fill their budget but for half a pass at the end of a step; those above half of it cannot share one. Padded ones
+    are sorted by length within the step.
+    """
+    mean, count = sum(lengths) / len(lengths), len(lengths)
+    if cutting.packed:
+        alone = rows * sum(length > cutting.budget / 2 for length in lengths) / count
+        passes = 1.0 if rows * lengths[-1] <= cutting.budget else max(rows * mean / cutting.budget + 0.5, alone, 1.0)
+        return passes, mean
+    # As `data.batches.StepCollator` cuts them: a step of evenly spread lengths, or the same lengths sorted over several steps.
+    spread = min(rows * (STRETCH if sort else 1), 256)
+    passes, tokens, row = 0, 0, spread
+    while row > 0:
+        widest = _padded(lengths[min(int((row - 0.5) / spread * count), count - 1)])
+        together = max(min(int(cutting.budget // widest), row, rows), 1)
+        passes, tokens, row = passes + 1, tokens + together * widest, row - together
+    return passes * rows / spread, max(tokens / spread, mean)
+
+
+def _padded(length: float) -> int:
+    return math.ceil(length / COLLATOR_MULTIPLE) * COLLATOR_MULTIPLE
+
+
 def mean_width(lengths: Sequence[float], batch: int, *, groups: int = 1) -> float:
     """Expected width of a micro-batch of `batch` rows drawn from `lengths` (ascending), padding included.
 
@@ -204,7 +264,7 @@ def mean_width(lengths: Sequence[float], batch: int, *, groups: int = 1) -> floa
     micro-batches, the j-th has its longest row at about (j - 1 + n/(n+1)) / groups of the distribution.
     """
     count = len(lengths)
-    padded = [math.ceil(length / COLLATOR_MULTIPLE) * COLLATOR_MULTIPLE for length in lengths]
+    padded = [_padded(length) for length in lengths]
     if groups > 1:
         places = (
             [(j + batch / (batch + 1)) / groups for j in range(groups)]

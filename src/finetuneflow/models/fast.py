@@ -255,7 +255,7 @@ class Probe:
             return f"the loss of a probe is {float(loss):.6g}, not {float(expected_loss):.6g}"
         # Gradients are compared in the order of the texts, padding left out.
         # One that is zero but for rounding (of a key's bias) is measured against the largest.
-        floor = 1e-3 * of_gradients * max(float(wanted.double().norm()) for wanted in expected)
+        floor = 1e-3 * of_gradients * max(float(wanted.float().norm()) for wanted in expected)
         off = max(_relative(found, wanted, floor) for found, wanted in zip(gradients, expected, strict=True))
         return "" if off <= of_gradients else f"gradients of a probe differ by {off:.1%}"
 
@@ -342,7 +342,7 @@ class Probe:
 
 def _relative(found: torch.Tensor, wanted: torch.Tensor, floor: float = 0.0) -> float:
     """Distance as a share of the size, of what is smaller than `floor` as a share of that."""
-    found, wanted = found.double(), wanted.double()
+    found, wanted = found.float(), wanted.float()
     size = max(float(wanted.norm()), floor)
     return float((found - wanted).norm()) / size if size else float(found.norm())
 

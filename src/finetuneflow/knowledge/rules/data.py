@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+from finetuneflow.knowledge.objectives import takes_fast_path
 from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.situation import Hit, Situation, many, percent, rule
 from finetuneflow.knowledge.values import DataFacts
@@ -177,6 +178,7 @@ def padding_waste(s: Situation, data: DataFacts) -> Hit | None:
     training = s.config.training
     if (
         s.traits.draws
+        or takes_fast_path(s.config)  # rows are packed, or meet others of like length
         or training.group_by_length
         or training.batch_size == 1
         or not data.length_percentiles

@@ -8,11 +8,12 @@ from typing import Any
 
 from finetuneflow.knowledge.criteria import rate_text
 from finetuneflow.knowledge.memory import Estimate
-from finetuneflow.knowledge.objectives import least_batch
+from finetuneflow.knowledge.objectives import least_batch, takes_fast_path
 from finetuneflow.knowledge.resolve import Resolved
 from finetuneflow.knowledge.shapes.shape import ModelShape
 from finetuneflow.knowledge.shapes.targets import STATE_SPACE_TARGETS
 from finetuneflow.knowledge.situation import Hit, Situation, gb, many, rule
+from finetuneflow.knowledge.steps import smaller_budgets
 from finetuneflow.knowledge.values import Machine, ModelFacts
 
 BUSY_TOKENS = 8192  # tokens per forward pass from which on a GPU's matrix units are busy with one layer
@@ -27,14 +28,20 @@ def _same_result(s: Situation) -> Iterator[dict[str, Any]]:
     """Changes that leave what is learned as it is, each on top of the one before: the cheapest first."""
     training = s.config.training
     fix: dict[str, Any] = {}
-    smaller_evaluation = {"training.eval_batch_size": 1} if training.eval_batch_size > 1 and s.evaluates else {}
+    fast = takes_fast_path(s.config)  # evaluation takes as many tokens at once as training
+    smaller_evaluation = {"training.eval_batch_size": 1} if training.eval_batch_size > 1 and s.evaluates and not fast else {}
     if smaller_evaluation:
         fix |= smaller_evaluation
         yield dict(fix)
     if s.resolved is not None and not s.resolved.gradient_checkpointing and s.config.method.kind != "prefix":
         fix |= {"training.gradient_checkpointing": "on"}
         yield dict(fix)
+    for tokens in smaller_budgets(training) if fast else ():
+        fix |= {"training.token_budget": tokens}
+        yield dict(fix)
     batch, accumulation = training.batch_size, training.gradient_accumulation
+    if fast and training.token_budget is not None:  # the micro-batch decides nothing then
+        return
     while batch % 2 == 0 and batch // 2 >= least_batch(s.config) and accumulation <= 2048:
         batch, accumulation = batch // 2, accumulation * 2
         fix |= {"training.batch_size": batch, "training.gradient_accumulation": accumulation}
@@ -169,6 +176,8 @@ def micro_batch_small(s: Situation, estimate: Estimate, resolved: Resolved) -> H
     usual = s.data.length_percentiles[50] if s.data and len(s.data.length_percentiles) > 50 else s.config.data.max_length
     tokens = max(1, min(usual, s.config.data.max_length))
     if resolved.device != "cuda" or estimate.verdict != "fits":
+        return None
+    if takes_fast_path(s.config) and training.token_budget is not None:
         return None
     batch, accumulation = training.batch_size, training.gradient_accumulation
     fix: dict[str, Any] = {}
