@@ -66,7 +66,9 @@ def test_loss_and_gradients_are_those_of_whole_logits_in_float64(head: str, chun
     assert_equal(inputs(), HEADS[head], chunk, {"hidden", "weight", "bias"})
 
 
-@pytest.mark.parametrize("trained", [{"hidden"}, {"weight"}, {"bias"}, {"hidden", "bias"}], ids=str)
+@pytest.mark.parametrize(
+    "trained", [{"hidden"}, {"weight"}, {"bias"}, {"hidden", "bias"}], ids=lambda names: " and ".join(sorted(names))
+)
 def test_only_what_is_trained_gets_a_gradient(trained: set[str]) -> None:
     assert_equal(inputs(), Head(cap=5.0), 16, trained)
 
