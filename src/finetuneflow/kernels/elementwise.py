@@ -1,7 +1,7 @@
 """Norms, rotary positions and gates with a backward pass written by hand: each keeps its inputs and little else.
 
 Autograd would keep a tensor for every step of these formulas, in fp32 where the model raises them; here a norm keeps its input and
-one number per row, rotary nothing but its tables, a gate its two factors. Every function is plain PyTorch; `compiled` fuses one
+one number per row, rotary nothing but its tables, a gate its two factors. Every function is plain PyTorch; `fused` compiles one
 into a single loop where a compiler is at hand and the run is long enough to pay for it (`use_compiled`).
 
 Shapes: (…, width). Arithmetic in fp32 where the reference does it, results in the type of the input.

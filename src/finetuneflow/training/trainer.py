@@ -213,7 +213,7 @@ class SupervisedTrainer(GuardedTrainer):
     """Next-token cross-entropy on the supervised tokens; see the module text.
 
     A batch of the loader is a whole optimizer step (`data.batches.StepCollator`). `fast`: the fast path, proven on this model;
-    None is the plain path. Evaluation takes `eval_rows` rows at a time, which `eval_collator` cuts into micro-batches.
+    None is the plain path. `eval_collator` cuts the rows of an evaluation batch into micro-batches.
     """
 
     def __init__(
