@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,35 +36,39 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 @dataclass(frozen=True)
 class Block:
     """Texts of like length, several to a block. `slots` (blocks x width,): the token in each place (any token where none belongs);
-    `mask` (blocks, width, width): 0 where a query sees a key, else -inf. A place without a token sees itself alone."""
+    `owned`: the places that hold a token; `mask` (blocks, width, width): 0 where a query sees a key, else -inf. A place without a
+    token sees itself alone."""
 
     slots: torch.Tensor
+    owned: torch.Tensor
     mask: torch.Tensor
     width: int
 
     def mask_of(self, heads: int, groups: int) -> torch.Tensor:
         """The mask for `heads` key heads, each with `groups` query heads one below the other: (heads x blocks, groups x width, width).
         Made once: all layers have the same heads."""
-        key = (heads, groups)
-        if key not in self._repeated:
-            self._repeated[key] = self.mask.repeat(heads, groups, 1)
-        return self._repeated[key]
-
-    @cached_property
-    def _repeated(self) -> dict[tuple[int, int], torch.Tensor]:
-        return {}
+        return self._once("mask", heads, groups, lambda: self.mask.repeat(heads, groups, 1))
 
     def gather(self, side: torch.Tensor, heads: int) -> torch.Tensor:
-        """(tokens, heads x groups, features) -> (heads x blocks, groups x width, features)."""
-        features = side.shape[-1]
-        places = side.index_select(0, self.slots).view(-1, self.width, heads, side.shape[1] // heads, features)
-        return places.permute(2, 0, 3, 1, 4).reshape(heads * len(places), -1, features)
+        """(tokens, heads x groups, features) -> (heads x blocks, groups x width, features), in one copy."""
+        groups, features = side.shape[1] // heads, side.shape[2]
+        rows = self._once("rows", heads, groups, lambda: self._rows(heads, groups))
+        return side.reshape(-1, features).index_select(0, rows).view(heads * len(self.mask), groups * self.width, features)
 
-    def places(self, found: torch.Tensor, heads: int) -> torch.Tensor:
-        """The other way round, by place: (blocks x width, heads x groups x features)."""
-        blocks = len(self.mask)
-        split = found.view(heads, blocks, -1, self.width, found.shape[-1])
-        return split.permute(1, 3, 0, 2, 4).reshape(blocks * self.width, -1)
+    def _rows(self, heads: int, groups: int) -> torch.Tensor:
+        """Of (token, head) pairs, the one in each row of the gathered heads."""
+        head = torch.arange(heads * groups, device=self.slots.device).view(heads, 1, groups, 1)
+        return (self.slots.view(1, -1, 1, self.width) * (heads * groups) + head).flatten()
+
+    def _once(self, what: str, heads: int, groups: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        key = (what, heads, groups)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @cached_property
+    def _made(self) -> dict[tuple[str, int, int], torch.Tensor]:
+        return {}
 
 
 class Layout:
@@ -90,12 +94,38 @@ class Layout:
         pairs = zip(self.starts, self.lengths, strict=True)
         return [(start, start + length) for start, length in pairs if length > LARGEST_BLOCK]
 
-    def blocks(self, device: torch.device, dtype: torch.dtype) -> tuple[list[Block], torch.Tensor]:
-        """The blocks, and for each token its place among all places of all blocks (of a long text: 0)."""
+    def blocks(self, device: torch.device, dtype: torch.dtype) -> list[Block]:
+        """The blocks that hold every text which is not `long`."""
         key = (device, dtype)
         if key not in self._on_device:
             self._on_device[key] = self._place(device, dtype)
         return self._on_device[key]  # type: ignore[no-any-return]
+
+    def in_order(self, found: list[torch.Tensor], blocks: list[Block], like: torch.Tensor, heads: int) -> torch.Tensor:
+        """Results of all blocks, each as `Block.gather` lays them out, in the order and shape of `like` (tokens, heads x groups,
+        features), in one copy; of long texts nothing that counts."""
+        if not found:
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
+        rows = [result.view(-1, result.shape[-1]) for result in found]
+        key = (like.device, like.shape[1], heads)
+        if key not in self._on_device:
+            self._on_device[key] = self._rows(blocks, heads, like.shape[1] // heads)
+        together = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return together.index_select(0, self._on_device[key]).view(like.shape)
+
+    def _rows(self, blocks: list[Block], heads: int, groups: int) -> torch.Tensor:
+        """Of the gathered rows of all blocks, the one of each (token, head) pair."""
+        device = blocks[0].slots.device
+        rows = torch.zeros(self.total, heads, groups, dtype=torch.long, device=device)
+        head = torch.arange(heads, device=device).view(1, -1, 1)
+        group = torch.arange(groups, device=device).view(1, 1, -1)
+        before = 0
+        for block in blocks:
+            owned = block.owned
+            shelf, place = (owned // block.width).view(-1, 1, 1), (owned % block.width).view(-1, 1, 1)
+            rows[block.slots[owned]] = before + ((head * len(block.mask) + shelf) * groups + group) * block.width + place
+            before += heads * groups * len(block.slots)
+        return rows.flatten()
 
     def cumulative(self, device: torch.device) -> torch.Tensor:
         """Ends of the texts, with 0 before them, as fused kernels take them: (texts + 1,), int32."""
@@ -103,9 +133,8 @@ class Layout:
             self._on_device[device] = torch.tensor([*self.starts, self.total], dtype=torch.int32, device=device)
         return self._on_device[device]  # type: ignore[no-any-return]
 
-    def _place(self, device: torch.device, dtype: torch.dtype) -> tuple[list[Block], torch.Tensor]:
-        places = torch.zeros(self.total, dtype=torch.long)
-        blocks, before = [], 0
+    def _place(self, device: torch.device, dtype: torch.dtype) -> list[Block]:
+        blocks = []
         for width, texts in grouped(self.lengths):
             shelves = best_fit([self.lengths[text] for text in texts], width)
             slots = torch.zeros(len(shelves), width, dtype=torch.long)
@@ -117,14 +146,13 @@ class Layout:
                     start, length = self.starts[text], self.lengths[text]
                     slots[shelf, at : at + length] = torch.arange(start, start + length)
                     owner[shelf, at : at + length] = text
-                    places[start : start + length] = torch.arange(length) + before + shelf * width + at
                     at += length
             sees = (owner[:, :, None] == owner[:, None, :]) & (owner >= 0)[:, :, None] & torch.ones(width, width).tril().bool()
             sees |= torch.eye(width, dtype=torch.bool)
             mask = torch.zeros(sees.shape).masked_fill_(~sees, float("-inf"))
-            blocks.append(Block(slots.flatten().to(device), mask.to(device, dtype), width))
-            before += slots.numel()
-        return blocks, places.to(device)
+            owned = (owner.flatten() >= 0).nonzero()[:, 0]
+            blocks.append(Block(slots.flatten().to(device), owned.to(device), mask.to(device, dtype), width))
+        return blocks
 
 
 def grouped(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -282,7 +310,7 @@ class _PackedAttention(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, dropout: float
     ) -> torch.Tensor:
         heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-        blocks, places = layout.blocks(query.device, query.dtype)
+        blocks = layout.blocks(query.device, query.dtype)
         kept: list[torch.Tensor | None] = []  # of each block and stretch its weights, if they are narrow, and what dropout leaves
         with torch.autocast(query.device.type, enabled=False):
             found = []
@@ -290,8 +318,8 @@ class _PackedAttention(torch.autograd.Function):
                 q, k, v = (block.gather(side, heads) for side in (query, key, value))
                 weights = _weights(q, k, block.mask_of(heads, groups), scale)
                 kept += [weights if block.width <= KEPT_WIDTH else None, _draw(weights, dropout)]
-                found.append(block.places(torch.bmm(_dropped(weights, kept[-1], dropout), v), heads))
-            out = _in_order(found, places, query)
+                found.append(torch.bmm(_dropped(weights, kept[-1], dropout), v))
+            out = layout.in_order(found, blocks, query, heads)
             for start, end in layout.long:
                 k, v = (side[start:end].transpose(0, 1) for side in (key, value))
                 for first, last in _stretches(end - start):
@@ -309,7 +337,7 @@ class _PackedAttention(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         layout, scale, dropout = ctx.layout, ctx.scale, ctx.dropout
         heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-        blocks, places = layout.blocks(query.device, query.dtype)
+        blocks = layout.blocks(query.device, query.dtype)
         grad = grad.to(query.dtype)
         parts: tuple[list[torch.Tensor], ...] = ([], [], [])
         remaining = iter(kept)
@@ -322,8 +350,8 @@ class _PackedAttention(torch.autograd.Function):
                 for part, found in zip(
                     parts, _backward(q, k, v, grad_out, weights, scale, next(remaining), dropout), strict=True
                 ):
-                    part.append(block.places(found, heads))
-            grads = [_in_order(part, places, like) for part, like in zip(parts, (query, key, value), strict=True)]
+                    part.append(found)
+            grads = [layout.in_order(part, blocks, like, heads) for part, like in zip(parts, (query, key, value), strict=True)]
             for start, end in layout.long:
                 k, v = (side[start:end].transpose(0, 1) for side in (key, value))
                 # Each stretch adds to the keys before it: in 16 bits every addition would round.
@@ -339,14 +367,6 @@ class _PackedAttention(torch.autograd.Function):
                     sums[1, :, :last] += dv
                 grads[1][start:end], grads[2][start:end] = sums.to(query.dtype).transpose(1, 2)
         return grads[0], grads[1], grads[2], None, None, None
-
-
-def _in_order(found: list[torch.Tensor], places: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Results of all blocks, by place, in the order of tokens and the shape of `like`; of long texts nothing that counts."""
-    if not found:
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-    together = found[0] if len(found) == 1 else torch.cat(found)
-    return together.index_select(0, places).view(like.shape)
 
 
 def _stacked(side: torch.Tensor, heads: int) -> torch.Tensor:
